@@ -1,0 +1,1 @@
+"""The mathematics of GRPO: tensors in, tensors out; imports torch and einops only."""

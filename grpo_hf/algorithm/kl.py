@@ -1,0 +1,37 @@
+"""Per-token estimates [token] of KL(π_θ || π_ref) from samples of π_θ (Schulman 2020, "Approximating KL divergence").
+
+All take d = log π_ref - log π_θ of the sampled tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor
+
+Tokens = Float[Tensor, " token"]
+
+
+def k1(log_ratio: Tokens) -> Tokens:
+    """k1 = -d: unbiased, high variance, can be negative."""
+    return -log_ratio
+
+
+def k2(log_ratio: Tokens) -> Tokens:
+    """k2 = d² / 2: biased value, low variance, never negative; its gradient is the reverse KL's on-policy."""
+    return log_ratio.square() / 2
+
+
+def k3(log_ratio: Tokens) -> Tokens:
+    """k3 = exp(d) - d - 1: unbiased value, low variance, never negative (GRPO's; arXiv 2402.03300)."""
+    return log_ratio.exp() - log_ratio - 1
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tokens], Tokens]] = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def bias_corrected(kl: Tokens, policy_log_ratio: Tokens) -> Tokens:
+    """r * kl with a differentiable r = π_θ / π_old: the gradient becomes that of the reverse KL (DeepSeek-V3.2, arXiv
+    2512.02556); the value changes only off-policy."""
+    return policy_log_ratio.exp() * kl
