@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Message = dict[str, Any]
@@ -71,3 +71,88 @@ class Sample:
     """Sampled token ids."""
     row: dict[str, Any]
     """All columns of the dataset row."""
+
+
+@dataclass
+class PrefixBlock:
+    """Groups of one prompt length inside a packed row, attended to in one call. Positions count tokens of the row."""
+
+    prompts: Int[Tensor, "prompts prompt_time"]
+    """Where each prompt's tokens lie."""
+    owner: Int[Tensor, " sequence"]
+    """Which of ``prompts`` each completion continues."""
+    completions: Int[Tensor, "sequence completion_time"]
+    """Where each completion's tokens lie; a shorter one repeats its last position up to the longest."""
+    real: Bool[Tensor, "sequence completion_time"]
+    """False on the repeats."""
+
+
+@dataclass
+class PrefixLayout:
+    """What attention needs to know of a packed row: a prompt sees itself, a completion sees its prompt and itself."""
+
+    blocks: list[PrefixBlock]
+    """The groups, by prompt length."""
+    order: Int[Tensor, " time"]
+    """For each token of the row, its place in the concatenation of the blocks' prompt and completion tokens."""
+    prompt_of: Int[Tensor, " time"]
+    """The group that each token of the row belongs to."""
+    completion_of: Int[Tensor, " time"]
+    """The completion that each token belongs to; -1 on prompt tokens."""
+    position_of: Int[Tensor, " time"]
+    """Each token's position in its own sequence."""
+    block_masks: dict[int | None, Any] = field(default_factory=dict)
+    """FlexAttention's masks by sliding window, made on first use and shared by the layers."""
+
+
+@dataclass
+class PackedBatch:
+    """One micro-batch, laid out for one forward pass: a packed row (rows = 1) or padded rows.
+
+    A completion's last token predicts nothing that is scored, so it is a target but never an input.
+    """
+
+    input_ids: Int[Tensor, "rows time"]
+    """Prompt and completion tokens."""
+    position_ids: Int[Tensor, "rows time"]
+    """Each completion's count on from its prompt's length."""
+    attention_mask: Int[Tensor, "rows time"] | None
+    """1 on real tokens; None in the packed layout, which has no others."""
+    prefix_layout: PrefixLayout | None
+    """The packed row's structure; None in the padded layout."""
+    scored_at: Int[Tensor, " token"]
+    """For each completion token, the position in the flattened rows whose hidden state predicts it."""
+    targets: Int[Tensor, " token"]
+    """The completion tokens themselves."""
+    sequence: Int[Tensor, " token"]
+    """The completion that each token belongs to."""
+    num_sequences: int
+    """Number of completions."""
+    advantages: Float[Tensor, " sequence"]
+    """One a completion."""
+    rollout_logprobs: Float[Tensor, " token"] | None = None
+    """The engine's log-probs; None when it gave none."""
+    old_logprobs: Float[Tensor, " token"] | None = None
+    """The trainer's log-probs at sampling time; None until they differ from the current ones or were computed."""
+    ref_logprobs: Float[Tensor, " token"] | None = None
+    """The reference model's log-probs; None without a KL term."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Token positions that a forward pass computes."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with every tensor on ``device``."""
+        return _to(self, device)
+
+
+def _to(carrier: Any, device: torch.device) -> Any:
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        if isinstance(value, list):
+            return [move(item) for item in value]
+        return _to(value, device) if isinstance(value, PrefixBlock | PrefixLayout) else value
+
+    return replace(carrier, **{item.name: move(getattr(carrier, item.name)) for item in fields(carrier)})

@@ -1,0 +1,1 @@
+"""How tokens are laid out for the forward pass, and their log-probs taken."""

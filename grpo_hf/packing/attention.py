@@ -1,0 +1,170 @@
+"""Attention over a shared-prefix packed row, registered with transformers so that no model code is patched.
+
+`model(..., prefix_layout=layout)` reaches `shared_prefix_attention` as a keyword; without that keyword the function is
+transformers' own `sdpa`, so generation and padded batches go on as before under the same name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from grpo_hf.types import PrefixBlock, PrefixLayout
+
+SHARED_PREFIX = "shared_prefix"
+"""The name under which a model selects this attention: `model.set_attn_implementation(SHARED_PREFIX)`."""
+
+Heads = Float[Tensor, "batch head time dim"]
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """What a model asks of its attention scores beyond the layout."""
+
+    scaling: float
+    """Factor on q k^T."""
+    sliding_window: int | None
+    """How many keys back a query may look, itself included; None: all."""
+    softcap: float | None
+    """c of c tanh(score / c) (Gemma 2, arXiv 2408.00118); None: no cap."""
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Heads,
+    key: Float[Tensor, "batch kv_head time dim"],
+    value: Float[Tensor, "batch kv_head time dim"],
+    attention_mask: Tensor | None,
+    *,
+    prefix_layout: PrefixLayout | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch time head dim"], None]:
+    """softmax(q k^T * scaling) v, where a prompt sees itself causally and a completion its prompt and itself.
+
+    Everything but ``prefix_layout`` is transformers' attention interface. Raises ValueError for attention dropout, which
+    would make π_θ another distribution at every forward.
+    """
+    rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    if prefix_layout is None and softcap is None:
+        options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if dropout:
+        raise ValueError(f"this attention takes no dropout, got {dropout}: set disable_dropout=True")
+    if prefix_layout is None:
+        out = _one_sequence(query, key, value, attention_mask, rule)
+    else:
+        out = (_flex if query.is_cuda else by_block)(query, key, value, prefix_layout, rule)
+    return rearrange(out, "batch head time dim -> batch time head dim").contiguous(), None
+
+
+def by_block(query: Heads, key: Tensor, value: Tensor, layout: PrefixLayout, rule: ScoreRule) -> Heads:
+    """Two attention calls a block: its prompts, then its completions, whose keys are their prompt's and their own."""
+    repeats = query.shape[1] // key.shape[1]
+    states = query, repeat_kv(key, repeats), repeat_kv(value, repeats)
+    parts = [part for block in layout.blocks for part in _attend_block(*states, block, rule)]
+    return torch.cat(parts, dim=1)[:, layout.order].unsqueeze(0)
+
+
+def _attend_block(
+    query: Heads, key: Heads, value: Heads, block: PrefixBlock, rule: ScoreRule
+) -> list[Float[Tensor, "head token dim"]]:
+    def take(states: Heads, positions: Tensor) -> Heads:
+        return rearrange(states[0, :, positions], "head batch time dim -> batch head time dim")
+
+    prompt_key, prompt_value = take(key, block.prompts), take(value, block.prompts)
+    out = attend(take(query, block.prompts), prompt_key, prompt_value, rule)
+    parts = [rearrange(out, "batch head time dim -> head (batch time) dim")]
+    if block.completions.numel():
+        out = attend(
+            take(query, block.completions),
+            torch.cat([prompt_key[block.owner], take(key, block.completions)], dim=2),
+            torch.cat([prompt_value[block.owner], take(value, block.completions)], dim=2),
+            rule,
+        )
+        parts.append(rearrange(out, "batch head time dim -> head batch time dim")[:, block.real])
+    return parts
+
+
+def attend(query: Heads, key: Heads, value: Heads, rule: ScoreRule, mask: Tensor | None = None) -> Heads:
+    """Attention of the last queries of a causal sequence, under ``mask`` [query key] (True: may look) or causal."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = causal_mask(num_queries, num_keys, rule.sliding_window, query.device)
+    if rule.softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rule.scaling)
+    scores = rule.softcap * torch.tanh(query @ key.transpose(-1, -2) * (rule.scaling / rule.softcap))
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32)
+    return weights.to(value.dtype) @ value
+
+
+def causal_mask(
+    num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device
+) -> Bool[Tensor, "query key"]:
+    """True where a query may look; the last query sees the last key (lower-right alignment)."""
+    positions = torch.arange(num_keys, device=device)
+    distance = positions[num_keys - num_queries :, None] - positions
+    return (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+
+
+def _one_sequence(query: Heads, key: Tensor, value: Tensor, mask: Tensor | None, rule: ScoreRule) -> Heads:
+    """Rows without a layout, for models with a softcap, which transformers' sdpa would leave out."""
+    repeats = query.shape[1] // key.shape[1]
+    return attend(query, repeat_kv(key, repeats), repeat_kv(value, repeats), rule, mask)
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex(query: Heads, key: Tensor, value: Tensor, layout: PrefixLayout, rule: ScoreRule) -> Heads:
+    """One FlexAttention call (Dong et al. 2024, arXiv 2412.05496): no key is copied, no score matrix is held."""
+    mask = layout.block_masks.setdefault(rule.sliding_window, None) or block_mask(layout, rule.sliding_window)
+    layout.block_masks[rule.sliding_window] = mask
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return rule.softcap * torch.tanh(score / rule.softcap)
+
+    return _compiled_flex_attention()(
+        query,
+        key,
+        value,
+        score_mod=None if rule.softcap is None else cap,
+        block_mask=mask,
+        scale=rule.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def block_mask(layout: PrefixLayout, sliding_window: int | None) -> BlockMask:
+    """FlexAttention's form of the layout; shared by all layers with the same window."""
+
+    def may_look(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same_prompt = layout.prompt_of[q] == layout.prompt_of[k]
+        visible = (layout.completion_of[k] == -1) | (layout.completion_of[k] == layout.completion_of[q])
+        allowed = same_prompt & visible & (k <= q)
+        if sliding_window is None:
+            return allowed
+        return allowed & (layout.position_of[q] - layout.position_of[k] < sliding_window)
+
+    length = layout.order.numel()
+    return create_block_mask(may_look, B=None, H=None, Q_LEN=length, KV_LEN=length, device=layout.order.device)
+
+
+AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)

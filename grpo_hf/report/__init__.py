@@ -1,0 +1,6 @@
+"""What a run leaves behind: curves as PNG and one self-contained page."""
+
+from grpo_hf.report.curves import learning_curves, read_metrics
+from grpo_hf.report.page import write_report
+
+__all__ = ["learning_curves", "read_metrics", "write_report"]

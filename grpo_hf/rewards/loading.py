@@ -1,0 +1,66 @@
+"""Loading a verifier from `package.module:function` or `path/file.py:function`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_modules_from_files: dict[Path, ModuleType] = {}
+
+
+def load_function(place: str, attribute: str, spec: str) -> Callable[..., Any]:
+    """Take the callable `attribute` out of a module or, where `place` ends in .py, of a file.
+
+    `spec` is what the user wrote, for the errors. An exception that the module itself raises propagates.
+
+    Raises:
+        ValueError: there is no such file, module or attribute, or it cannot be called.
+    """
+    module = _module_from_file(place, spec) if place.endswith(".py") else _module(place, spec)
+    if not hasattr(module, attribute):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"reward {spec!r}: {place} has no attribute {attribute!r}{nearest(attribute, names)}")
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise ValueError(f"reward {spec!r} is not a function but {function!r}")
+    return function
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint with the nearest known name, or nothing."""
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f" (nearest: {found[0]})" if found else ""
+
+
+def _module(name: str, spec: str) -> ModuleType:
+    """Import a module by name; an import that fails inside it propagates."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(
+            f"reward {spec!r}: there is no module {error.name!r} on the Python path;"
+            " for a file write path/file.py:function"
+        ) from error
+
+
+def _module_from_file(file: str, spec: str) -> ModuleType:
+    """Load a Python file, once per process, as a module whose name is its path."""
+    path = Path(file).expanduser().resolve()
+    if path not in _modules_from_files:
+        if not path.is_file():
+            raise ValueError(f"reward {spec!r}: there is no file {path}")
+        module_spec = importlib.util.spec_from_file_location(str(path), path)
+        assert module_spec is not None and module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[module.__name__] = module
+        module_spec.loader.exec_module(module)
+        _modules_from_files[path] = module
+    return _modules_from_files[path]

@@ -1,0 +1,106 @@
+"""What a verifier's signature says about how to call it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+BUILT_INS = (
+    "prompt",
+    "prompts",
+    "completion",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)
+FORMS = (
+    "a verifier is either `def f(completion, COLUMNS) -> float`, called once per sample,"
+    " or `def f(completions, COLUMNS, **kwargs) -> list[float]`, called once per batch"
+)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A verifier, and what its signature says about how to call it."""
+
+    name: str
+    """What metrics and saved rollouts call it."""
+    function: Callable[..., Any]
+    """The user's function, with its options bound."""
+    per_sample: bool
+    """True for a function of `completion`, False for a function of `completions`."""
+    columns: tuple[str, ...]
+    """Parameters without a default: columns that the dataset must have."""
+    optional_columns: tuple[str, ...]
+    """Parameters with a default: a column of that name fills them, an option binds them."""
+    built_ins: tuple[str, ...]
+    """Parameters that the caller fills: the completion, the prompt, `trainer_state` and so on."""
+    bound: tuple[str, ...]
+    """Keywords that options have fixed; a column of that name does not change them."""
+    takes_all: bool
+    """True when it has `**kwargs` and so gets every column."""
+    is_async: bool
+    """True when its calls are awaited."""
+
+    def accepts(self, name: str) -> bool:
+        """Say whether the keyword `name` is to be passed to the function."""
+        named = name in self.built_ins + self.columns + self.optional_columns
+        return named or (self.takes_all and name not in self.bound)
+
+
+def describe(name: str, function: Callable[..., Any]) -> Reward:
+    """Read a verifier's signature."""
+    parameters = inspect.signature(function).parameters.values()
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    per_sample = "completion" in named
+    if per_sample == ("completions" in named):
+        have = "both" if per_sample else "neither"
+        raise ValueError(f"the verifier {name!r} has {have} of the parameters completion and completions; {FORMS}")
+    misfit = "prompts" if per_sample else "prompt"
+    if misfit in named and named[misfit].default is inspect.Parameter.empty:
+        raise ValueError(f"the verifier {name!r} mixes the two forms: nothing fills its parameter {misfit!r}; {FORMS}")
+    bound = tuple(function.keywords) if isinstance(function, functools.partial) else ()
+    free = {key: p for key, p in named.items() if key not in bound}
+    columns = {key: p for key, p in free.items() if key not in BUILT_INS}
+    return Reward(
+        name=name,
+        function=function,
+        per_sample=per_sample,
+        columns=tuple(key for key, p in columns.items() if p.default is p.empty),
+        optional_columns=tuple(key for key, p in columns.items() if p.default is not p.empty),
+        built_ins=tuple(key for key in free if key in BUILT_INS),
+        bound=bound,
+        takes_all=any(p.kind is p.VAR_KEYWORD for p in parameters),
+        is_async=_is_async(function),
+    )
+
+
+def _inner(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function inside partials."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The function's own name, or the class name of a callable object."""
+    function = _inner(function)
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def where(function: Callable[..., Any]) -> str:
+    """Where a verifier was written, as `module:qualified_name`."""
+    function = _inner(function)
+    place = function if hasattr(function, "__qualname__") else type(function)
+    return f"{place.__module__}:{place.__qualname__}"
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    """Say whether a call gives something to await; a callable object is judged by its `__call__`."""
+    inner = _inner(function)
+    return any(map(inspect.iscoroutinefunction, (inner, getattr(inner, "__call__", None))))  # noqa: B004

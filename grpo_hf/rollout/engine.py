@@ -1,0 +1,41 @@
+"""What an engine is: something that samples completions for token-id prompts, from the trainer's current weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from grpo_hf.types import Completion
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution that completions are drawn from, and where they end."""
+
+    max_completion_length: int
+    """Tokens at most, the stop token included."""
+    stop_token_ids: tuple[int, ...]
+    """Any of these ends a completion and is its last token."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Smallest set of tokens that holds this probability; 1 keeps all."""
+    top_k: int = 0
+    """The most likely tokens only; 0 keeps all."""
+    min_p: float | None = None
+    """Tokens at least this probable relative to the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divides the scores of tokens already present (Keskar et al. 2019); 1 is none."""
+
+
+class Engine(Protocol):
+    """Samples groups; one implementation a file in this folder."""
+
+    def sync_weights(self) -> None:
+        """Make the next samples come from the trainer's current weights."""
+
+    def sample(
+        self, prompts: list[list[int]], seeds: list[list[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Yield (number of the prompt, its completions) as groups finish; one completion for each of its seeds."""

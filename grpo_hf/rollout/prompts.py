@@ -1,0 +1,141 @@
+"""Dataset rows -> token ids, checked before any model is loaded; and which prompts each rollout draws."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from grpo_hf.types import Prompt
+
+logger = logging.get_logger(__name__)
+
+PROMPT_COLUMN = "prompt"
+
+
+class PromptSet(Sequence[Prompt]):
+    """A dataset's prompts as token ids, beside their rows."""
+
+    def __init__(self, dataset: Dataset, ids: list[list[int]], kept: list[int]):
+        self.dataset, self.ids, self.kept = dataset, ids, kept
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, number: int) -> Prompt:  # type: ignore[override]
+        row = self.dataset[self.kept[number]]
+        return Prompt(ids=self.ids[number], raw=row[PROMPT_COLUMN], row=row, index=self.kept[number])
+
+
+def load_prompts(
+    dataset: Dataset | list[dict[str, Any]] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str = "train_dataset",
+    max_prompt_length: int | None = None,
+    overlong_prompts: str = "error",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> PromptSet:
+    """Tokenize every prompt: a string as the tokenizer does by default, messages through the chat template.
+
+    Raises ValueError for an empty dataset, a missing column, an empty prompt, and prompts of more than
+    ``max_prompt_length`` tokens unless ``overlong_prompts`` is "drop".
+    """
+    table = checked_dataset(dataset, name)
+    ids = [_tokenize(raw, tokenizer, chat_template_kwargs or {}) for raw in table[PROMPT_COLUMN]]
+    empty = [number for number, tokens in enumerate(ids) if not tokens]
+    if empty:
+        raise ValueError(f"{name}: {len(empty)} prompts have no tokens (rows {_listed(empty)}); give each some text")
+    limit = max_prompt_length or max(map(len, ids))
+    overlong = [number for number, tokens in enumerate(ids) if len(tokens) > limit]
+    if overlong and (overlong_prompts == "error" or len(overlong) == len(ids)):
+        raise ValueError(
+            f"{name}: {len(overlong)} of {len(ids)} prompts are longer than {limit} tokens, which is the model's context "
+            f"less max_completion_length (rows {_listed(overlong)}; the longest has {max(map(len, ids))}). Shorten them, "
+            f"lower max_completion_length, or set overlong_prompts='drop'"
+        )
+    if overlong:
+        logger.warning(f"{name}: dropped {len(overlong)} of {len(ids)} prompts longer than {limit} tokens")
+    kept = [number for number, tokens in enumerate(ids) if len(tokens) <= limit]
+    return PromptSet(table, [ids[number] for number in kept], kept)
+
+
+def checked_dataset(dataset: Any, name: str) -> Dataset:
+    """The dataset as a datasets.Dataset with rows and a prompt column; ValueError with the fix otherwise."""
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"{name} is an IterableDataset: exact resume needs rows by number. "
+            f"Load it without streaming, or take a part: Dataset.from_list(list({name}.take(100_000)))"
+        )
+    table = Dataset.from_list(dataset) if isinstance(dataset, list) else dataset
+    if table is None or len(table) == 0:
+        raise ValueError(f"{name} is {'missing' if table is None else 'empty'}: give at least one row with a prompt")
+    if PROMPT_COLUMN not in table.column_names:
+        near = difflib.get_close_matches(PROMPT_COLUMN, table.column_names, n=1)
+        hint = f"rename_column({(near or table.column_names)[0]!r}, 'prompt')"
+        raise ValueError(f"{name} has no column 'prompt', only {table.column_names}; use {name}.{hint}")
+    return table
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Require an eos token; choose a pad token where there is none, and say so."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos token, so no completion could end; set tokenizer.eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.warning(f"The tokenizer has no pad token; using its eos token {tokenizer.eos_token!r}")
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class PromptOrder:
+    """Which prompts, with which seeds, each rollout samples: a pure function of (seed, rollout)."""
+
+    num_prompts: int
+    """Rows of the prompt set."""
+    prompts_per_rollout: int
+    """Over all processes."""
+    seed: int
+    """The run's data seed."""
+    shuffle: bool = True
+    """A new permutation for each pass, or the dataset's own order."""
+
+    @property
+    def rollouts_per_epoch(self) -> int:
+        """Whole rollouts in one pass; a remainder of prompts is left for the next pass's permutation."""
+        return self.num_prompts // self.prompts_per_rollout
+
+    def prompts(self, rollout: int) -> list[int]:
+        """Row numbers of one rollout."""
+        epoch, place = divmod(rollout, self.rollouts_per_epoch)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, "epoch", epoch))
+            order = torch.randperm(self.num_prompts, generator=generator).tolist()
+        else:
+            order = list(range(self.num_prompts))
+        return order[place * self.prompts_per_rollout :][: self.prompts_per_rollout]
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 63-bit seed from counters, the same on every machine: seeds of neighbours share nothing."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()) >> 1
+
+
+def _tokenize(raw: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> list[int]:
+    if isinstance(raw, str):
+        return tokenizer(raw)["input_ids"]
+    if not isinstance(raw, list):
+        raise ValueError(f"a prompt must be a string or a list of chat messages, got {type(raw).__name__}: {raw!r:.200}")
+    options = {"add_generation_prompt": True, **chat_template_kwargs}
+    return tokenizer.apply_chat_template(raw, tokenize=True, return_dict=True, **options)["input_ids"]
+
+
+def _listed(numbers: list[int], most: int = 10) -> str:
+    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
