@@ -13,7 +13,7 @@ Gather = Callable[[dict], list[dict]]
 
 
 class Metrics:
-    """Weighted means, minima, maxima and phase times of this process since the last flush."""
+    """Weighted means, totals, minima, maxima and phase times of this process since the last flush."""
 
     def __init__(self) -> None:
         self._clear()
@@ -23,6 +23,10 @@ class Metrics:
         value = total.detach() if isinstance(total, torch.Tensor) else total
         before = self._means[name]
         self._means[name] = (before[0] + value, before[1] + count)
+
+    def total(self, name: str, value: float) -> None:
+        """Add to a sum over all processes, which is logged per optimizer step."""
+        self._totals[name] += value
 
     def minimum(self, name: str, value: float) -> None:
         """Keep the smallest."""
@@ -50,6 +54,7 @@ class Metrics:
         seconds["other"] = self._now() - self._start - sum(seconds.values())
         local = {
             "means": {name: (float(total), count) for name, (total, count) in self._means.items()},
+            "totals": dict(self._totals),
             "minima": self._minima,
             "maxima": self._maxima,
         }
@@ -58,6 +63,8 @@ class Metrics:
         for name in dict.fromkeys(name for part in everyone for name in part["means"]):
             totals, counts = zip(*(part["means"].get(name, (0.0, 0.0)) for part in everyone), strict=True)
             values[name] = sum(totals) / sum(counts) if sum(counts) else float("nan")
+        for name in dict.fromkeys(name for part in everyone for name in part["totals"]):
+            values[name] = sum(part["totals"].get(name, 0.0) for part in everyone) / max(steps, 1)
         for kind, choose in (("minima", min), ("maxima", max)):
             for name in dict.fromkeys(name for part in everyone for name in part[kind]):
                 values[name] = choose(part[kind][name] for part in everyone if name in part[kind])
@@ -67,6 +74,7 @@ class Metrics:
 
     def _clear(self) -> None:
         self._means: dict[str, tuple[float | torch.Tensor, float]] = defaultdict(lambda: (0.0, 0.0))
+        self._totals: dict[str, float] = defaultdict(float)
         self._minima: dict[str, float] = {}
         self._maxima: dict[str, float] = {}
         self._seconds: dict[str, float] = defaultdict(float)

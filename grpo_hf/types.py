@@ -1,6 +1,6 @@
 """The carriers that travel from dataset row to loss; every other module passes these along.
 
-    Prompt -> Completion, Group -> PackedBatch
+Prompt -> Completion, Group -> PackedBatch
 """
 
 from __future__ import annotations
@@ -136,6 +136,8 @@ class PackedBatch:
     """The trainer's log-probs at sampling time; None until they differ from the current ones or were computed."""
     ref_logprobs: Float[Tensor, " token"] | None = None
     """The reference model's log-probs; None without a KL term."""
+    weight: float = 1.0
+    """Factor on this micro-batch's loss: 0 on one that only gives a process something to run, else 1."""
 
     @property
     def num_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -15,6 +16,6 @@ def token_logprobs(
 
 
 def entropy(logits: Float[Tensor, "*batch vocab"], temperature: float = 1.0) -> Float[Tensor, "*batch"]:
-    """H = -sum_v p_v log p_v with p = softmax(logits / T), in nats."""
+    """H = -sum_v p_v log p_v with p = softmax(logits / T), in nats; a logit of -inf adds 0."""
     logprobs = (logits / temperature).log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)

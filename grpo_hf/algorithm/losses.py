@@ -23,9 +23,7 @@ from grpo_hf.algorithm.sequences import sequence_mean
 Tokens = Float[Tensor, " token"]
 
 
-def token_log_ratio(
-    logprobs: Tokens, old_logprobs: Tokens, sequence: Int[Tensor, " token"], num_sequences: int
-) -> Tokens:
+def token_log_ratio(logprobs: Tokens, old_logprobs: Tokens, sequence: Int[Tensor, " token"], num_sequences: int) -> Tokens:
     """log r_t = log π_θ(o_t) - log π_old(o_t) (PPO; Schulman et al. 2017, arXiv 1707.06347)."""
     return logprobs - old_logprobs.detach()
 

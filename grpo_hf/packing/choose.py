@@ -24,7 +24,7 @@ COMPLETION_LENGTHS = (5, 1, 3)
 
 @torch.no_grad()
 def choose_layout(model: PreTrainedModel, prompts: list[list[int]], requested: str = "auto") -> str:
-    """"packed" where a packed row gives the same log-probs as the model's own forward row by row, else "padded".
+    """ "packed" where a packed row gives the same log-probs as the model's own forward row by row, else "padded".
 
     ``prompts`` are the token ids of a few real prompts to try on. The choice is logged with its reason, and the model is
     left set up for it. Raises ValueError when the requested layout (or, with "auto", neither) gives those log-probs.

@@ -1,7 +1,7 @@
 """Groups -> micro-batches under a token budget; pure, and the same numbers on every process.
 
-    packed    [prompt, c1, c2, ..., cG][prompt, c1, ...]   every real token once; attention reads PrefixLayout
-    padded    one row a completion, prompt repeated        for models whose attention cannot be told the layout
+packed    [prompt, c1, c2, ..., cG][prompt, c1, ...]   every real token once; attention reads PrefixLayout
+padded    one row a completion, prompt repeated        for models whose attention cannot be told the layout
 """
 
 from __future__ import annotations
@@ -136,9 +136,7 @@ def _first_fit(pieces: list[Group], budget: int) -> list[list[Group]]:
     return bins
 
 
-def _blocks(
-    prompt_spans: list[range], completion_spans: list[tuple[int, range]]
-) -> tuple[list[PrefixBlock], torch.Tensor]:
+def _blocks(prompt_spans: list[range], completion_spans: list[tuple[int, range]]) -> tuple[list[PrefixBlock], torch.Tensor]:
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, span in enumerate(prompt_spans):
         by_length[len(span)].append(number)

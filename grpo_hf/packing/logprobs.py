@@ -34,9 +34,7 @@ Hidden = Float[Tensor, "token dim"]
 Tokens = Float[Tensor, " token"]
 
 
-def batch_logprobs(
-    model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0
-) -> tuple[Tokens, Tokens]:
+def batch_logprobs(model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0) -> tuple[Tokens, Tokens]:
     """log π(o_t) and the entropy of π(. | o_<t) at every completion token of a micro-batch, in nats, float32.
 
     π is the model's softmax(logits / temperature), before any top-k, top-p or min-p. ``model`` is the causal LM itself

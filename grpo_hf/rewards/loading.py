@@ -46,8 +46,7 @@ def _module(name: str, spec: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise ValueError(
-            f"reward {spec!r}: there is no module {error.name!r} on the Python path;"
-            " for a file write path/file.py:function"
+            f"reward {spec!r}: there is no module {error.name!r} on the Python path; for a file write path/file.py:function"
         ) from error
 
 

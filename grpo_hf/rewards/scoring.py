@@ -73,9 +73,7 @@ def score_group_rewards(
     """
     names = [reward.name for reward in rewards]
     if len(weights) != len(rewards):
-        raise ValueError(
-            f"{len(weights)} reward weights for {len(rewards)} rewards ({', '.join(names)}); give one each"
-        )
+        raise ValueError(f"{len(weights)} reward weights for {len(rewards)} rewards ({', '.join(names)}); give one each")
     if len(set(names)) != len(names):
         raise ValueError(f"two rewards have one name: {', '.join(names)}; get_rewards gives them different ones")
     pairs = [(group.prompt, completion) for group in groups for completion in group.completions]

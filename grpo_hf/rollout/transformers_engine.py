@@ -31,9 +31,7 @@ class SeededSampling(LogitsProcessor):
     """
 
     def __init__(self, seeds: list[int], *, prompt_length: int, max_steps: int):
-        draws = [
-            torch.rand(max_steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
-        ]
+        draws = [torch.rand(max_steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
         self.draws: Float[Tensor, "rows step"] = torch.stack(draws)
         self.prompt_length = prompt_length
 

@@ -1,0 +1,1 @@
+"""The Trainer subclass, its settings and its callbacks."""

@@ -1,0 +1,83 @@
+"""What a run shows while it goes and leaves when it ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+from grpo_hf.metrics import Metrics
+from grpo_hf.report import write_report
+from grpo_hf.types import Group
+
+HEADLINE = ("reward", "frac_zero_signal_groups", "tokens_per_second", "entropy")
+"""What the progress bar shows, in this order."""
+
+
+class RewardProgress(ProgressCallback):
+    """Trainer's progress bar with reward, zero-signal share and speed beside it, and evaluations as lines."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        """Show the headline metrics."""
+        if self.training_bar is None or not logs:
+            return
+        if any(name.startswith("eval_") for name in logs):
+            shown = {k: v for k, v in logs.items() if k == "eval_reward" or (k.startswith("eval_rewards/") and "/mean" in k)}
+            self.training_bar.write(f"step {state.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+        elif "reward" in logs:
+            short = {name.removeprefix("frac_"): logs[name] for name in HEADLINE if name in logs}
+            self.training_bar.set_postfix({name: f"{value:.3g}" for name, value in short.items()})
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log line to <output_dir>/metrics.jsonl, the step first."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        """Write one line."""
+        if state.is_world_process_zero and logs:
+            path = Path(args.output_dir, "metrics.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class StepClock(TrainerCallback):
+    """Times the optimizer, and counts epochs by finished updates, so that they are right after a resume too."""
+
+    def __init__(self, metrics: Metrics, updates_per_epoch: int):
+        self.metrics, self.updates_per_epoch = metrics, updates_per_epoch
+        self.phase: Any = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.phase = self.metrics.phase("optimizer")
+        self.phase.__enter__()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it."""
+        self.phase.__exit__(None, None, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Correct the epoch."""
+        state.epoch = state.global_step / self.updates_per_epoch
+
+
+class Report(TrainerCallback):
+    """Writes the report page when training ends and prints where it is."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write it."""
+        if state.is_world_process_zero and any("reward" in entry for entry in state.log_history):
+            print(f"report: {write_report(Path(args.output_dir))}", file=sys.stderr)
+
+
+def print_samples(groups: list[Group], step: int, count: int) -> None:
+    """Print the first completions of the first groups with their rewards."""
+    for group in groups[:count]:
+        item = group.completions[0]
+        scores = ", ".join(f"{name} {value:.3g}" for name, value in item.rewards.items())
+        print(f"--- step {step}: reward {item.reward:.3g} ({scores}), advantage {item.advantage:.3g}")
+        print(f"{group.prompt.raw}\n>>> {item.text}", flush=True)

@@ -1,0 +1,269 @@
+"""GRPOConfig: transformers' TrainingArguments plus GRPO's own settings, under TRL's names where TRL has them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
+from transformers import TrainingArguments
+
+from grpo_hf.algorithm.advantages import ADVANTAGES, NEEDS_A_GROUP
+from grpo_hf.algorithm.kl import KL_ESTIMATORS
+from grpo_hf.algorithm.losses import LEVELS
+from grpo_hf.algorithm.objective import LOSS_TYPES, Objective
+from grpo_hf.packing.layout import LAYOUTS
+from grpo_hf.training.trl_names import TRL_ONLY
+
+Class = TypeVar("Class", bound=type)
+
+
+def refuse_unknown_names(config_class: Class) -> Class:
+    """Make a misspelt or unsupported setting say what to use instead."""
+    original = config_class.__init__  # type: ignore[misc]
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **settings: Any) -> None:
+        known = [item.name for item in fields(config_class) if item.init]
+        for name in settings:
+            if name in TRL_ONLY:
+                raise ValueError(f"grpo_hf has no setting {name!r}: {TRL_ONLY[name]}")
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3)
+                raise ValueError(f"unknown setting {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        original(self, *args, **settings)
+
+    config_class.__init__ = init  # type: ignore[misc]
+    return config_class
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a help text for the command line."""
+    return field(default=default, metadata={"help": help})
+
+
+@refuse_unknown_names
+@dataclass
+class GRPOConfig(TrainingArguments):
+    """Settings of a GRPO run; raises ValueError, before anything is loaded, for any that cannot work together.
+
+    One optimizer step trains on `per_device_train_batch_size * gradient_accumulation_steps` completions a process. How
+    they are cut into forward passes is decided by `tokens_per_microbatch` alone and changes no gradient.
+    """
+
+    learning_rate: float = option(1e-6, "Initial learning rate.")
+    logging_steps: float = option(10, "Optimizer steps between log lines.")
+    gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass: less memory, more time.")
+    bf16: bool | None = option(None, "bfloat16 autocast; None: on where there is a GPU that has it.")  # type: ignore[assignment]
+    ddp_find_unused_parameters: bool | None = option(False, "Every parameter is used in every step.")
+
+    # Model and data
+    model_init_kwargs: dict | str | None = option(None, "Keywords of from_pretrained when the model is given by name.")
+    disable_dropout: bool = option(True, "Train the policy that sampled: no dropout. (TRL's default is False.)")
+    chat_template_kwargs: dict | str | None = option(None, "Keywords of the chat template.")
+    shuffle_dataset: bool = option(True, "A new order of the prompts for each pass.")
+    overlong_prompts: str = option("error", "Prompts that leave no room for a completion: 'error' or 'drop'.")
+
+    # Sampling
+    num_generations: int = option(8, "Completions for each prompt: the group.")
+    num_generations_eval: int | None = option(None, "The same in evaluation; None: num_generations.")
+    max_completion_length: int = option(512, "Tokens of a completion at most.")
+    generation_batch_size: int | None = option(None, "Completions sampled at a time over all processes.")
+    steps_per_generation: int | None = option(
+        None, "The same, in units of per_device_train_batch_size; None: gradient_accumulation_steps (on-policy)."
+    )
+    temperature: float = option(1.0, "Divides the logits, in sampling and in training.")
+    eval_temperature: float | None = option(None, "The same in evaluation; 0 is greedy; None: temperature.")
+    top_p: float = option(1.0, "Sample from the smallest set of tokens with this probability.")
+    top_k: int = option(0, "Sample from this many most likely tokens; 0: from all.")
+    min_p: float | None = option(None, "Sample tokens at least this probable relative to the most likely one.")
+    repetition_penalty: float = option(1.0, "Divides the scores of tokens already present.")
+    use_vllm: bool = option(False, "Sample with vLLM instead of transformers.")
+
+    # Objective
+    loss_type: str = option("dapo", f"One of {', '.join(LOSS_TYPES)}.")
+    importance_sampling_level: str = option("token", "Ratio per 'token', or per 'sequence' (GSPO).")
+    scale_rewards: str | bool = option("group", "'group' (True), 'batch' or 'none' (False).")
+    advantage: str | None = option(None, f"Overrides scale_rewards: one of {', '.join(ADVANTAGES)}.")
+    reward_weights: list[float] | None = option(None, "One for each reward; None: 1 each.")
+    num_iterations: int = option(1, "Passes over each rollout (μ in the GRPO paper).")
+    epsilon: float = option(0.2, "Lower clip distance.")
+    epsilon_high: float | None = option(None, "Upper clip distance, None: epsilon. For cispo the bound itself, say 5.0.")
+    delta: float | None = option(None, "Upper bound of the ratio where the advantage is negative.")
+    sapo_temperature_pos: float = option(1.0, "SAPO's gate temperature for positive advantages.")
+    sapo_temperature_neg: float = option(1.05, "The same for negative ones.")
+    beta: float = option(0.0, "KL coefficient; 0 loads no reference model.")
+    kl_estimator: str = option("k3", f"One of {', '.join(KL_ESTIMATORS)}.")
+    use_bias_correction_kl: bool = option(True, "Multiply the KL estimate by the differentiable ratio.")
+    sync_ref_model: bool = option(False, "Move the reference towards the policy every ref_model_sync_steps.")
+    ref_model_mixup_alpha: float = option(0.6, "ref = alpha * policy + (1 - alpha) * ref.")
+    ref_model_sync_steps: int = option(512, "Optimizer steps between those moves.")
+    entropy_coef: float = option(0.0, "Entropy bonus, on the mean per-token entropy.")
+    mask_truncated_completions: bool = option(False, "Leave completions that hit the length limit out of the loss.")
+
+    # Cost
+    tokens_per_microbatch: int = option(8192, "Tokens of one forward pass; changes memory and speed, not the gradient.")
+    token_layout: str = option(
+        "auto", "'packed' (prompts shared, no padding), 'padded', or 'auto': packed if the model can."
+    )
+    keep_zero_signal: bool = option(False, "Forward completions with advantage 0 too; same gradient, more work.")
+
+    # What a run leaves
+    log_completions: bool = option(False, "Print some samples with their rewards at each log line.")
+    num_completions_to_print: int | None = option(None, "How many; None: 4.")
+    save_rollouts: bool = option(True, "Write every sample to <output_dir>/rollouts/*.parquet.")
+    write_report: bool = option(True, "Write <output_dir>/report.html at the end.")
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+        self.remove_unused_columns = False
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # type: ignore[call-overload]
+        self._check_names()
+        self._check_numbers()
+        self._check_batches()
+
+    # ---- Derived numbers
+
+    @property
+    def completions_per_update(self) -> int:
+        """Completions of one optimizer step on one process."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps that share one rollout's completions."""
+        return self._steps_per_generation // self.gradient_accumulation_steps
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts sampled at a time, over all processes."""
+        return self.per_device_train_batch_size * self._steps_per_generation * self.world_size // self.num_generations
+
+    @property
+    def advantage_form(self) -> str:
+        """The name in ADVANTAGES that this run uses."""
+        return self.advantage or {"group": "group", "batch": "batch", "none": "centered"}[str(self.scale_rewards)]
+
+    def objective(self) -> Objective:
+        """The loss of this run."""
+        options = {
+            "cispo": {"epsilon_high": self.epsilon_high},
+            "sapo": {
+                "sapo_temperature_pos": self.sapo_temperature_pos,
+                "sapo_temperature_neg": self.sapo_temperature_neg,
+            },
+            "clipped": {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high, "delta": self.delta},
+        }
+        return Objective(
+            loss_type=self.loss_type,
+            level=self.importance_sampling_level,
+            loss_options=options.get(LOSS_TYPES[self.loss_type][0], {}),
+            beta=self.beta,
+            kl_estimator=self.kl_estimator,
+            kl_bias_correction=self.use_bias_correction_kl,
+            entropy_coef=self.entropy_coef,
+        )
+
+    # ---- Checks
+
+    @property
+    def _steps_per_generation(self) -> int:
+        if self.steps_per_generation is not None:
+            return self.steps_per_generation
+        if self.generation_batch_size is not None:
+            return self.generation_batch_size // (self.per_device_train_batch_size * self.world_size)
+        return self.gradient_accumulation_steps
+
+    def _check_names(self) -> None:
+        choices: dict[str, Iterable[str]] = {
+            "loss_type": LOSS_TYPES,
+            "importance_sampling_level": LEVELS,
+            "scale_rewards": ("group", "batch", "none"),
+            "kl_estimator": KL_ESTIMATORS,
+            "token_layout": ("auto", *LAYOUTS),
+            "overlong_prompts": ("error", "drop"),
+        }
+        if self.advantage is not None:
+            choices["advantage"] = ADVANTAGES
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                near = difflib.get_close_matches(str(value), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}{hint}")
+
+    def _check_numbers(self) -> None:
+        at_least: dict[str, Callable[[Any], bool]] = {
+            "num_generations >= 1": lambda c: c.num_generations >= 1,
+            "num_iterations >= 1": lambda c: c.num_iterations >= 1,
+            "max_completion_length >= 1": lambda c: c.max_completion_length >= 1,
+            "tokens_per_microbatch >= 1": lambda c: c.tokens_per_microbatch >= 1,
+            "temperature > 0": lambda c: c.temperature > 0,
+            "eval_temperature >= 0": lambda c: c.eval_temperature is None or c.eval_temperature >= 0,
+            "0 < top_p <= 1": lambda c: 0 < c.top_p <= 1,
+            "0 <= min_p <= 1": lambda c: c.min_p is None or 0 <= c.min_p <= 1,
+            "epsilon >= 0": lambda c: c.epsilon >= 0,
+            "beta >= 0": lambda c: c.beta >= 0,
+            "delta > 1 + epsilon_high": lambda c: c.delta is None or c.delta > 1 + (c.epsilon_high or c.epsilon),
+        }
+        for rule, holds in at_least.items():
+            if not holds(self):
+                values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in rule.split()}
+                raise ValueError(f"{', '.join(f'{k}={v}' for k, v in values.items())}, but {rule} is needed")
+        if self.use_vllm:
+            raise ValueError("use_vllm=True: this version samples with transformers only; leave use_vllm unset")
+        if self.loss_type == "cispo" and (self.epsilon_high or 0) < 1:
+            raise ValueError(
+                f"epsilon_high={self.epsilon_high}: for loss_type='cispo' it is the bound on the ratio itself, and a bound "
+                "below 1 shrinks even on-policy gradients; give one of at least 1, say 5.0"
+            )
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size=True would break up groups; lower tokens_per_microbatch instead")
+        if self.sync_ref_model and not self.beta:
+            raise ValueError("sync_ref_model=True needs a reference model, so beta > 0; beta is 0")
+
+    def _check_batches(self) -> None:
+        group, batch, accumulation = (
+            self.num_generations,
+            self.per_device_train_batch_size,
+            self.gradient_accumulation_steps,
+        )
+        if group == 1 and self.advantage_form in NEEDS_A_GROUP:
+            raise ValueError(
+                f"num_generations=1 makes every {self.advantage_form!r} advantage 0; sample 2 or more a prompt, or set "
+                f"advantage to one of {', '.join(sorted(set(ADVANTAGES) - NEEDS_A_GROUP))}"
+            )
+        if self.generation_batch_size is not None and self.steps_per_generation is not None:
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size} and steps_per_generation="
+                f"{self.steps_per_generation} say the same thing twice; set one of them"
+            )
+        if self.generation_batch_size is not None and self.generation_batch_size % (batch * self.world_size):
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size} is not a multiple of per_device_train_batch_size * "
+                f"processes = {batch} * {self.world_size}; nearest: {_nearest(self.generation_batch_size, batch * self.world_size)}"
+            )
+        steps = self._steps_per_generation
+        if steps % accumulation or steps == 0:
+            raise ValueError(
+                f"steps_per_generation={steps} is not a multiple of gradient_accumulation_steps={accumulation}, so a rollout "
+                f"would not hold whole optimizer steps; nearest: {_nearest(steps, accumulation)}"
+            )
+        if batch * steps % group:
+            raise ValueError(
+                f"each process samples per_device_train_batch_size * steps_per_generation = {batch} * {steps} = "
+                f"{batch * steps} completions at a time, which does not hold whole groups of num_generations={group}; "
+                f"nearest: {_nearest(batch * steps, group)} completions"
+            )
+
+
+def _nearest(value: int, step: int) -> str:
+    below = value // step * step
+    return " or ".join(str(number) for number in (below, below + step) if number > 0)

@@ -1,0 +1,67 @@
+"""Loading what a run needs, and running a function inside a wrapped model's forward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+def load_config(model: str | nn.Module, **options: Any) -> PretrainedConfig:
+    """The text model's config, without loading any weights."""
+    config = AutoConfig.from_pretrained(model, **options) if isinstance(model, str) else model.config
+    return config.get_text_config()
+
+
+def load_tokenizer(model: str | nn.Module, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to the model."""
+    return AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path, **options)
+
+
+def load_model(name: str, **options: Any) -> PreTrainedModel:
+    """A causal LM in float32 unless `dtype` says otherwise: optimizer updates of 1e-6 vanish in bfloat16 weights."""
+    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **options})
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The causal LM inside a PEFT model, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Positions that the model has been made for; None where its config names none."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A reference model: the same weights, never trained."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def run_inside(wrapped: nn.Module, inner: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function(*args)`` in place of the inner model's forward, through the wrapper (DDP, FSDP).
+
+    The wrapper's own work before and after a forward, such as gathering weights and readying gradient buckets, is
+    done as for any forward, while ``function`` may use any part of the inner model.
+    """
+    had_own, original = "forward" in vars(inner), inner.forward
+    inner.forward = function  # type: ignore[method-assign]
+    try:
+        return wrapped(*args)
+    finally:
+        if had_own:
+            inner.forward = original  # type: ignore[method-assign]
+        else:
+            del inner.forward

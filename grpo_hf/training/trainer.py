@@ -1,0 +1,429 @@
+"""GRPOTrainer: transformers.Trainer fed by the rollout stream, with GRPO's loss on packed micro-batches."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
+from transformers.utils import logging
+
+from grpo_hf.algorithm.objective import Objective
+from grpo_hf.algorithm.sequences import sequence_mean
+from grpo_hf.metrics import Metrics
+from grpo_hf.packing.choose import choose_layout, disable_dropout
+from grpo_hf.packing.logprobs import batch_logprobs
+from grpo_hf.rewards import RewardSpec, check_columns, get_rewards
+from grpo_hf.rollout.engine import Sampling
+from grpo_hf.rollout.planning import Peers, Plan, Update
+from grpo_hf.rollout.prompts import (
+    PromptOrder,
+    PromptSet,
+    checked_dataset,
+    derived_seed,
+    load_prompts,
+    prepare_tokenizer,
+)
+from grpo_hf.rollout.record import record_forward, record_groups, record_rollout, write_rollout
+from grpo_hf.rollout.sampler import GroupSampler
+from grpo_hf.rollout.stream import Rollout, RolloutStream
+from grpo_hf.rollout.transformers_engine import TransformersEngine
+from grpo_hf.training.callbacks import MetricsFile, Report, RewardProgress, StepClock, print_samples
+from grpo_hf.training.config import GRPOConfig
+from grpo_hf.training.models import (
+    causal_lm,
+    context_length,
+    frozen_copy,
+    load_config,
+    load_model,
+    load_tokenizer,
+    run_inside,
+)
+from grpo_hf.types import Group, PackedBatch
+
+logger = logging.get_logger(__name__)
+
+EvalDataset = Dataset | list[dict[str, Any]] | dict[str, Dataset]
+
+NOT_HERE = {
+    "reward_processing_classes": "reward models are not supported in this version; wrap one in a reward function",
+    "tools": "completions are single-turn here",
+    "rollout_func": "write an engine with the methods of grpo_hf.rollout.engine.Engine",
+    "environment_factory": "completions are single-turn here",
+}
+
+
+class GRPOTrainer(Trainer):
+    """Train a causal LM with GRPO (Shao et al. 2024, arXiv 2402.03300) and its descendants.
+
+    The constructor is TRL's. `model` is a name, a path or a causal LM; `reward_funcs` one or several of: a registered
+    name, `package.module:function`, `path/file.py:function`, a function. `train_dataset` needs a column "prompt" (strings
+    or chat messages); verifiers take the other columns by name. Raises ValueError for bad input before any weights load.
+    """
+
+    args: GRPOConfig  # type: ignore[assignment]
+    model: Any
+    model_wrapped: Any
+    processing_class: Any
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardSpec | list[RewardSpec] | None = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Dataset | list[dict[str, Any]] | None = None,
+        eval_dataset: EvalDataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        **unsupported: Any,
+    ):
+        for name, value in unsupported.items():
+            if name not in NOT_HERE:
+                raise TypeError(f"GRPOTrainer has no argument {name!r}")
+            if value is not None:
+                raise ValueError(f"GRPOTrainer takes no {name}: {NOT_HERE[name]}")
+        args = args or GRPOConfig()
+        self.metrics = Metrics()
+        self._check_rewards(reward_funcs, args)
+        init = dict(args.model_init_kwargs or {})
+        if quantization_config is not None:
+            init["quantization_config"] = quantization_config
+        shared = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
+        tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, **shared))
+        train, evals = self._load_prompts(args, tokenizer, load_config(model, **shared), train_dataset, eval_dataset)
+        self.prompts, self.eval_prompts = train, evals
+
+        set_seed(args.seed)  # adapter weights are random
+        lm = load_model(model, **init) if isinstance(model, str) else model
+        if args.disable_dropout:
+            disable_dropout(lm)
+        if peft_config is not None:
+            lm = get_peft_model(lm, peft_config)  # type: ignore[arg-type]
+        args.ignore_data_skip = True  # skipping would sample; the stream finds its own place
+        super().__init__(
+            model=lm,
+            args=args,
+            data_collator=lambda items: items,
+            train_dataset=train.dataset,
+            eval_dataset={name: part.dataset for name, part in evals.items()} or None,
+            processing_class=tokenizer,
+            callbacks=[MetricsFile(), *(callbacks or []), *([Report()] if args.write_report else [])],
+            optimizers=optimizers,
+        )
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RewardProgress())
+        self.loss_is_scaled_for_ga = True
+        self.objective: Objective = args.objective()
+        self.peers = Peers(self.args.process_index, self.args.world_size, lambda item: gather_object([item]))
+        self.stream = self._make_stream(tokenizer)
+        self.add_callback(StepClock(self.metrics, len(self.stream) // args.gradient_accumulation_steps))
+        self.ref_model = self._make_reference() if self.objective.beta else None
+        self._last_logged_step = 0
+
+    # ---- Setting up
+
+    def _check_rewards(self, reward_funcs: Any, args: GRPOConfig) -> None:
+        self.rewards = get_rewards(reward_funcs if reward_funcs is not None else [])
+        self.reward_weights = args.reward_weights or [1.0] * len(self.rewards)
+        if not self.rewards:
+            raise ValueError("reward_funcs is empty: give at least one verifier, by name or as a function")
+        if len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards "
+                f"({', '.join(reward.name for reward in self.rewards)}); give one each"
+            )
+
+    def _load_prompts(
+        self, args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, config: Any, train: Any, evals: Any
+    ) -> tuple[PromptSet, dict[str, PromptSet]]:
+        context = context_length(config)
+        if context is not None and context <= args.max_completion_length:
+            raise ValueError(
+                f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context of "
+                f"{context} positions; lower it"
+            )
+        named = evals if isinstance(evals, dict) else {"": evals} if evals is not None else {}
+        tables = {"train_dataset": train} | {f"eval_dataset {name}".strip(): part for name, part in named.items()}
+        loaded = []
+        for name, table in tables.items():
+            table = checked_dataset(table, name)
+            check_columns(self.rewards, table.column_names, name)
+            loaded.append(
+                load_prompts(
+                    table,
+                    tokenizer,
+                    name=name,
+                    max_prompt_length=None if context is None else context - args.max_completion_length,
+                    overlong_prompts=args.overlong_prompts,
+                    chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+                )
+            )
+        if len(loaded[0]) < args.prompts_per_rollout:
+            raise ValueError(
+                f"train_dataset has {len(loaded[0])} prompts, but a rollout samples {args.prompts_per_rollout} different "
+                f"ones (per_device_train_batch_size * steps_per_generation * processes / num_generations); lower "
+                f"per_device_train_batch_size or raise num_generations"
+            )
+        return loaded[0], dict(zip(named, loaded[1:], strict=True))
+
+    def _make_stream(self, tokenizer: PreTrainedTokenizerBase) -> RolloutStream:
+        args = self.args
+        lm = causal_lm(self.model)
+        layout = choose_layout(lm, [self.prompts.ids[0], self.prompts.ids[-1]], args.token_layout)
+        stops = lm.generation_config.eos_token_id
+        stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
+        self.sampling = Sampling(
+            max_completion_length=args.max_completion_length,
+            stop_token_ids=tuple(dict.fromkeys([tokenizer.eos_token_id, *stops])),
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+        )
+        self.sampler = GroupSampler(
+            engine=TransformersEngine(self.model, pad_token_id=tokenizer.pad_token_id),
+            tokenizer=tokenizer,
+            rewards=self.rewards,
+            reward_weights=self.reward_weights,
+            metrics=self.metrics,
+        )
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return RolloutStream(
+            prompts=self.prompts,
+            order=PromptOrder(len(self.prompts), args.prompts_per_rollout, seed, args.shuffle_dataset),
+            sampler=self.sampler,
+            sampling=self.sampling,
+            num_generations=args.num_generations,
+            plan=Plan(
+                advantage=args.advantage_form,
+                updates_per_rollout=args.updates_per_rollout,
+                layout=layout,
+                tokens_per_microbatch=args.tokens_per_microbatch,
+                max_completion_length=args.max_completion_length,
+                mask_truncated_completions=args.mask_truncated_completions,
+                keep_zero_signal=args.keep_zero_signal or self.objective.needs_every_token,
+            ),
+            num_iterations=args.num_iterations,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            finished_updates=lambda: self.state.global_step,
+            on_rollout=self._on_rollout,
+            peers=self.peers,
+        )
+
+    def _make_reference(self) -> nn.Module | None:
+        """None under LoRA, where the reference is the model with its adapter switched off."""
+        return None if isinstance(self.model, PeftModel) else frozen_copy(self.model)
+
+    # ---- Rollouts
+
+    def get_train_dataloader(self) -> RolloutStream:  # type: ignore[override]
+        """The rollout stream."""
+        return self.stream
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Prompts of one pass."""
+        return len(self.prompts)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        """Nothing: denominators travel with each update."""
+
+    def _on_rollout(self, rollout: Rollout) -> None:
+        """Record a new rollout, and take the log-probs that its updates will need of the weights as they are now."""
+        step = self.state.global_step + 1
+        record_rollout(self.metrics, rollout, self.peers)
+        record_forward(self.metrics, rollout, num_iterations=self.args.num_iterations)
+        sizes = [(len(g.prompt.ids) * len(g.completions), sum(len(c.ids) for c in g.completions)) for g in rollout.groups]
+        self.state.num_input_tokens_seen += sum(self.peers.gather(sum(map(sum, sizes))))
+        if self.args.save_rollouts:
+            folder = Path(self.args.output_dir, "rollouts")
+            write_rollout(folder, rollout, step=step, process=self.peers.rank)
+        if self.args.log_completions and self.peers.rank == 0 and step % self.args.logging_steps <= 1:
+            print_samples(rollout.groups, step, self.args.num_completions_to_print or 4)
+        with self.metrics.phase("logprobs"):
+            for number, update in enumerate(rollout.updates):
+                update.microbatches = [batch.to(self.args.device) for batch in update.microbatches]
+                for batch in update.microbatches:
+                    if self.objective.beta:
+                        batch.ref_logprobs = self._reference_logprobs(batch)
+                    if number > 0:  # the first update's are its own, see _loss
+                        batch.old_logprobs = self._no_grad_logprobs(self.model_wrapped, self.model, batch)
+
+    # ---- The update
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run one update's micro-batches; gradients are synchronized on the last."""
+        loss = torch.zeros((), device=self.args.device)
+        if "update" not in inputs:
+            return loss
+        update: Update = inputs["update"]
+        model.train()
+        with self.metrics.phase("forward_backward"):
+            for number, batch in enumerate(update.microbatches, start=1):
+                last = number == len(update.microbatches)
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                    part = self._loss(model, batch, update)
+                    self.accelerator.backward(part)
+                loss += part.detach()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(self._why_not_finite("loss", loss.item(), update))
+        return loss
+
+    def _loss(self, model: nn.Module, batch: PackedBatch, update: Update) -> Tensor:
+        logprobs, entropy = self._logprobs(model, self.model, batch)
+        if batch.old_logprobs is None:
+            # Sampling-time weights are the current ones, so π_old is π_θ held constant; later passes will need it.
+            batch.old_logprobs = logprobs.detach()
+        loss, values = self.objective(
+            logprobs,
+            entropy,
+            batch.advantages,
+            batch.sequence,
+            update.denominators,
+            old_logprobs=batch.old_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            rollout_logprobs=batch.rollout_logprobs,
+        )
+        if batch.weight:
+            self._record_values(batch, values)
+        # Data-parallel wrappers average over processes what is already a share of the global sum.
+        return loss * batch.weight * update.denominators.num_processes
+
+    def _record_values(self, batch: PackedBatch, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            suffix = "_mean" if name.startswith("clip_ratio/") else ""
+            self.metrics.mean(name + suffix, value.detach().sum(), len(value))
+        if "clip_ratio/low" in values:
+            per_sequence = [
+                sequence_mean(values[f"clip_ratio/{side}"], batch.sequence, batch.num_sequences) for side in ("low", "high")
+            ]
+            self.metrics.minimum("clip_ratio/low_min", per_sequence[0].min().item())
+            self.metrics.maximum("clip_ratio/high_max", per_sequence[1].max().item())
+
+    def _logprobs(self, wrapped: nn.Module, inner: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        def forward(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+            return batch_logprobs(causal_lm(inner), batch, temperature=self.args.temperature)
+
+        with self.accelerator.autocast():
+            return run_inside(wrapped, inner, forward, batch)
+
+    @torch.no_grad()
+    def _no_grad_logprobs(self, wrapped: nn.Module, inner: nn.Module, batch: PackedBatch) -> Tensor:
+        return self._logprobs(wrapped, inner, batch)[0]
+
+    def _reference_logprobs(self, batch: PackedBatch) -> Tensor:
+        if self.ref_model is not None:
+            return self._no_grad_logprobs(self.ref_model, self.ref_model, batch)
+        with self.model.disable_adapter():
+            return self._no_grad_logprobs(self.model_wrapped, self.model, batch)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's, stopping the run before a gradient that is not finite reaches the weights."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if grad_norm is not None and not torch.isfinite(torch.as_tensor(grad_norm)):
+            raise FloatingPointError(self._why_not_finite("gradient norm", float(grad_norm)))
+        return grad_norm
+
+    def _why_not_finite(self, what: str, value: float, update: Update | None = None) -> str:
+        bad_weights = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        bad_gradients = [
+            n for n, p in self.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()
+        ]
+        batches = update.microbatches if update else []
+        bad_logprobs = sum(int((~torch.isfinite(b.old_logprobs)).sum()) for b in batches if b.old_logprobs is not None)
+        return (
+            f"the {what} of step {self.state.global_step + 1} is {value}: {bad_logprobs} log-probs, "
+            f"{len(bad_weights)} weights ({', '.join(bad_weights[:3])}) and {len(bad_gradients)} gradients "
+            f"({', '.join(bad_gradients[:3])}) are not finite. The weights were not changed by this step; the checkpoints in "
+            f"{self.args.output_dir} are good. Try a lower learning_rate, bf16=False, or a smaller beta"
+        )
+
+    # ---- Evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Sample every held-out prompt with fixed seeds, score, and log; several data sets have a prefix each."""
+        metrics: dict[str, float] = {}
+        parts = self.eval_prompts if eval_dataset is None else self._load_eval(eval_dataset)
+        if not parts:
+            raise ValueError("evaluation needs an eval_dataset")
+        for name, prompts in parts.items():
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            metrics |= {f"{prefix}_{key}": value for key, value in self._evaluate_prompts(prompts).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _load_eval(self, eval_dataset: Any) -> dict[str, PromptSet]:
+        config = causal_lm(self.model).config.get_text_config()
+        return self._load_prompts(self.args, self.processing_class, config, self.prompts.dataset, eval_dataset)[1]
+
+    def _evaluate_prompts(self, prompts: PromptSet) -> dict[str, float]:
+        args = self.args
+        temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
+        sampling = Sampling(**(vars(self.sampling) | {"temperature": temperature}))
+        group = args.num_generations_eval or args.num_generations
+        mine = range(self.peers.rank, len(prompts), self.peers.count)
+        share = max(1, args.per_device_eval_batch_size // group)
+        measured = Metrics()
+        sampler = GroupSampler(
+            self.sampler.engine, self.sampler.tokenizer, self.rewards, self.reward_weights, measured, self.state
+        )
+        self.sampler.engine.sync_weights()
+        groups: list[Group] = []
+        with self.metrics.phase("evaluate"):
+            for start in range(0, len(mine), share):
+                rows = mine[start : start + share]
+                seeds = [[derived_seed(args.seed, "eval", row, n) for n in range(group)] for row in rows]
+                groups += sampler.sample([prompts[row] for row in rows], seeds, sampling)
+        if groups:
+            record_groups(measured, groups)
+        return {k: v for k, v in measured.flush(self.peers.gather, steps=1).items() if not k.startswith("time/")}
+
+    # ---- Logs and checkpoints
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with what the steps since the last log measured; reward comes first."""
+        if "loss" in logs:
+            steps = self.state.global_step - self._last_logged_step
+            measured = self.metrics.flush(self.peers.gather, steps=steps)
+            seconds = sum(value for name, value in measured.items() if name.startswith("time/"))
+            measured["tokens_per_second"] = measured.get("tokens/sampled", 0.0) / seconds
+            measured["num_tokens"] = self.state.num_input_tokens_seen
+            logs = dict(sorted((measured | logs).items(), key=lambda item: item[0] != "reward"))
+            self._last_logged_step = self.state.global_step
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Forward and backward cost of an update's unique tokens: 6 * tokens * weights."""
+        if "update" not in inputs:
+            return 0
+        tokens = sum(batch.num_tokens for batch in inputs["update"].microbatches)
+        return 6 * tokens * causal_lm(self.model).num_parameters(exclude_embeddings=True)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, with the rollout that is being trained on when the checkpoint falls inside one."""
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.stream.state_dict(), folder / f"rollout-{self.peers.rank}.pt")
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, with the rollout and the random state."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint, f"rollout-{self.peers.rank}.pt")
+        self.stream.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=False))
+        self._load_rng_state(checkpoint)
+        self._last_logged_step = self.state.global_step
