@@ -32,7 +32,9 @@ def make_dataset(size: int, *, length: int = 6, seed: int = 0) -> Dataset:
     return Dataset.from_list([{"prompt": " ".join(map(str, numbers)) + "=", "numbers": numbers} for numbers in lists])
 
 
-def make_model(*, seed: int = 0, warm_up_until: float = 0.25, length: int = 6) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def make_model(
+    *, seed: int = 0, warm_up_until: float = 0.25, length: int = 6
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A decoder of 1.8 million weights after a warm-up that stops at this share of exactly sorted lists."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -55,7 +57,13 @@ def make_model(*, seed: int = 0, warm_up_until: float = 0.25, length: int = 6) -
 
 
 def warm_up(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, until: float, length: int, seed: int, max_steps: int = 2000
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    until: float,
+    length: int,
+    seed: int,
+    max_steps: int = 2000,
 ) -> float:
     """Supervised steps on random lists until the arg max sorts this share of them; returns the share."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

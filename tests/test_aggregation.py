@@ -53,9 +53,7 @@ def test_local_token_mean_is_the_mean_of_the_processes_means() -> None:
     totals = {"local_token_mean": 0.0, "token_mean": 0.0}
     for name in totals:
         for count, of_process in losses.items():
-            denominators = Denominators(
-                tokens=5, sequences=2, local_tokens=count, num_processes=2, max_completion_length=8
-            )
+            denominators = Denominators(tokens=5, sequences=2, local_tokens=count, num_processes=2, max_completion_length=8)
             weights = AGGREGATIONS[name](torch.zeros(count, dtype=torch.long), 1, denominators)
             totals[name] += (weights * of_process).sum().item()
     assert totals == pytest.approx({"local_token_mean": 7.5, "token_mean": 6.0})

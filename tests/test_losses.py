@@ -69,9 +69,7 @@ def test_cispo_without_a_bound_weighs_by_the_ratio() -> None:
 def test_sapo_is_a_sigmoid_gate() -> None:
     # At τ (r - 1) = ln 3 the sigmoid is 3/4: L = -A 3/4 4/τ; dL/dlog r = -A 4 (3/4)(1/4) r.
     positive, negative = 1 + math.log(3), 1 + math.log(3) / 2
-    losses, gradient = run(
-        "sapo", [positive, negative], [1.0, -1.0], sapo_temperature_pos=1.0, sapo_temperature_neg=2.0
-    )
+    losses, gradient = run("sapo", [positive, negative], [1.0, -1.0], sapo_temperature_pos=1.0, sapo_temperature_neg=2.0)
     assert losses == pytest.approx([-3.0, 1.5])
     assert gradient == pytest.approx([-0.75 * positive, 0.75 * negative])
 
