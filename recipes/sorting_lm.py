@@ -65,7 +65,7 @@ def warm_up(
     seed: int,
     max_steps: int = 2000,
 ) -> float:
-    """Supervised steps on random lists until the arg max sorts this share of them; returns the share."""
+    """Supervised steps on random lists until the arg max of this share of them is right; returns the share."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     exact = 0.0
     for step in range(max_steps):

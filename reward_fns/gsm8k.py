@@ -17,7 +17,7 @@ _PLAIN = [
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed|left|right)\b|\\[,!;: ()\[\]]"), " "),
     (re.compile(r"\^\{?\\circ\}?|[{}~]"), " "),
-    (re.compile(r"[−–]"), "-"),  # noqa: RUF001
+    (re.compile(r"[−–]"), "-"),
     (re.compile(r"^[\s$]*[A-Za-z][A-Za-z0-9_ ]*="), ""),
 ]
 _NUMBER = re.compile(
@@ -26,7 +26,7 @@ _NUMBER = re.compile(
     r"(?:/(?P<divisor>[0-9]+))?"
 )
 # What makes a number the start of something else: a sum, a range, a time, a power, a list, a mixed number, 1e5.
-_GOES_ON = re.compile(r"\s*(?:[-+*/^×·÷:.,]\s*)*[0-9]|[eE][-+]?[0-9]")  # noqa: RUF001
+_GOES_ON = re.compile(r"\s*(?:[-+*/^×·÷:.,]\s*)*[0-9]|[eE][-+]?[0-9]")
 
 
 @register_reward

@@ -25,10 +25,10 @@ def load_function(place: str, attribute: str, spec: str) -> Callable[..., Any]:
     module = _module_from_file(place, spec) if place.endswith(".py") else _module(place, spec)
     if not hasattr(module, attribute):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"reward {spec!r}: {place} has no attribute {attribute!r}{nearest(attribute, names)}")
+        raise ValueError(f"{spec!r}: {place} has no attribute {attribute!r}{nearest(attribute, names)}")
     function = getattr(module, attribute)
     if not callable(function):
-        raise ValueError(f"reward {spec!r} is not a function but {function!r}")
+        raise ValueError(f"{spec!r} is not a function but {function!r}")
     return function
 
 
@@ -46,7 +46,7 @@ def _module(name: str, spec: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise ValueError(
-            f"reward {spec!r}: there is no module {error.name!r} on the Python path; for a file write path/file.py:function"
+            f"{spec!r}: there is no module {error.name!r} on the Python path; for a file write path/file.py:function"
         ) from error
 
 
@@ -55,7 +55,7 @@ def _module_from_file(file: str, spec: str) -> ModuleType:
     path = Path(file).expanduser().resolve()
     if path not in _modules_from_files:
         if not path.is_file():
-            raise ValueError(f"reward {spec!r}: there is no file {path}")
+            raise ValueError(f"{spec!r}: there is no file {path}")
         module_spec = importlib.util.spec_from_file_location(str(path), path)
         assert module_spec is not None and module_spec.loader is not None
         module = importlib.util.module_from_spec(module_spec)

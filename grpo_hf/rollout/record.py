@@ -36,6 +36,17 @@ def write_rollout(folder: Path, rollout: Rollout, *, step: int, process: int) ->
     return path
 
 
+def set_aside_earlier_run(folder: Path) -> None:
+    """Move what an earlier run left in this folder into earlier-1/, earlier-2/, ...; its checkpoints stay."""
+    left = [path for name in ("metrics.jsonl", "rollouts", "report.html", "curves.png") if (path := folder / name).exists()]
+    if left:
+        number = 1 + sum(1 for _ in folder.glob("earlier-*"))
+        aside = folder / f"earlier-{number}"
+        aside.mkdir()
+        for path in left:
+            path.rename(aside / path.name)
+
+
 def record_rollout(metrics: Metrics, rollout: Rollout, peers: Peers) -> None:
     """Log what was sampled, under TRL's names where it has them; every process records the numbers of all."""
     everyone = [group for part in peers.gather([_bare(group) for group in rollout.groups]) for group in part]

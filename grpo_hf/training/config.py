@@ -248,13 +248,14 @@ class GRPOConfig(TrainingArguments):
         if self.generation_batch_size is not None and self.generation_batch_size % (batch * self.world_size):
             raise ValueError(
                 f"generation_batch_size={self.generation_batch_size} is not a multiple of per_device_train_batch_size * "
-                f"processes = {batch} * {self.world_size}; nearest: {_nearest(self.generation_batch_size, batch * self.world_size)}"
+                f"processes = {batch} * {self.world_size}; nearest: "
+                f"{_nearest(self.generation_batch_size, batch * self.world_size)}"
             )
         steps = self._steps_per_generation
         if steps % accumulation or steps == 0:
             raise ValueError(
-                f"steps_per_generation={steps} is not a multiple of gradient_accumulation_steps={accumulation}, so a rollout "
-                f"would not hold whole optimizer steps; nearest: {_nearest(steps, accumulation)}"
+                f"steps_per_generation={steps} is not a multiple of gradient_accumulation_steps={accumulation}, so a "
+                f"rollout would not hold whole optimizer steps; nearest: {_nearest(steps, accumulation)}"
             )
         if batch * steps % group:
             raise ValueError(

@@ -30,7 +30,7 @@ from grpo_hf.rollout.prompts import (
     load_prompts,
     prepare_tokenizer,
 )
-from grpo_hf.rollout.record import record_forward, record_groups, record_rollout, write_rollout
+from grpo_hf.rollout.record import record_forward, record_groups, record_rollout, set_aside_earlier_run, write_rollout
 from grpo_hf.rollout.sampler import GroupSampler
 from grpo_hf.rollout.stream import Rollout, RolloutStream
 from grpo_hf.rollout.transformers_engine import TransformersEngine
@@ -128,6 +128,7 @@ class GRPOTrainer(Trainer):
         self.add_callback(StepClock(self.metrics, len(self.stream) // args.gradient_accumulation_steps))
         self.ref_model = self._make_reference() if self.objective.beta else None
         self._last_logged_step = 0
+        self._run_folder_is_ours = False
 
     # ---- Setting up
 
@@ -239,6 +240,7 @@ class GRPOTrainer(Trainer):
 
     def _on_rollout(self, rollout: Rollout) -> None:
         """Record a new rollout, and take the log-probs that its updates will need of the weights as they are now."""
+        self._claim_run_folder()
         step = self.state.global_step + 1
         record_rollout(self.metrics, rollout, self.peers)
         record_forward(self.metrics, rollout, num_iterations=self.args.num_iterations)
@@ -343,8 +345,8 @@ class GRPOTrainer(Trainer):
         return (
             f"the {what} of step {self.state.global_step + 1} is {value}: {bad_logprobs} log-probs, "
             f"{len(bad_weights)} weights ({', '.join(bad_weights[:3])}) and {len(bad_gradients)} gradients "
-            f"({', '.join(bad_gradients[:3])}) are not finite. The weights were not changed by this step; the checkpoints in "
-            f"{self.args.output_dir} are good. Try a lower learning_rate, bf16=False, or a smaller beta"
+            f"({', '.join(bad_gradients[:3])}) are not finite. The weights were not changed by this step; the checkpoints "
+            f"in {self.args.output_dir} are good. Try a lower learning_rate, bf16=False, or a smaller beta"
         )
 
     # ---- Evaluation
@@ -394,6 +396,7 @@ class GRPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the steps since the last log measured; reward comes first."""
+        self._claim_run_folder()
         if "loss" in logs:
             steps = self.state.global_step - self._last_logged_step
             measured = self.metrics.flush(self.peers.gather, steps=steps)
@@ -403,6 +406,14 @@ class GRPOTrainer(Trainer):
             logs = dict(sorted((measured | logs).items(), key=lambda item: item[0] != "reward"))
             self._last_logged_step = self.state.global_step
         super().log(logs, start_time)
+
+    def _claim_run_folder(self) -> None:
+        """Before the first write: a new run does not mix its records with those of an earlier one in the same folder."""
+        if not self._run_folder_is_ours and self.state.global_step == 0:
+            if self.peers.rank == 0:
+                set_aside_earlier_run(Path(self.args.output_dir))
+            self.accelerator.wait_for_everyone()
+        self._run_folder_is_ours = True
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Forward and backward cost of an update's unique tokens: 6 * tokens * weights."""

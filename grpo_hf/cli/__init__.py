@@ -1,0 +1,26 @@
+"""`grpo-hf train | toy | report`: one module a subcommand, imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": ("grpo_hf.cli.train", "train a model as a recipe says"),
+    "toy": ("grpo_hf.toy.cli", "the CS336 lecture's sorting experiments, and what solves them"),
+    "report": ("grpo_hf.cli.report", "write the report page of a run folder again"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hand the rest of the command line to the subcommand."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: grpo-hf COMMAND ...\n")
+        print("\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()))
+        return 0 if arguments else 2
+    if arguments[0] not in COMMANDS:
+        print(f"grpo-hf: there is no command {arguments[0]!r}, only {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])

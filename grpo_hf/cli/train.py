@@ -1,0 +1,133 @@
+"""`grpo-hf train RECIPE.yaml`, and what `accelerate launch recipes/train.py RECIPE.yaml` runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+from transformers.trainer_utils import get_last_checkpoint
+
+from grpo_hf.cli.recipe import RunArguments, help_text, parse
+from grpo_hf.report import write_report
+from grpo_hf.rewards.loading import load_function
+from grpo_hf.training.config import GRPOConfig
+from grpo_hf.training.trainer import GRPOTrainer
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate, train, evaluate again, save, report."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or "--help" in arguments:
+        print(help_text())
+        return 0 if arguments else 2
+    run, config = parse(arguments)
+    wants_report, config.write_report = config.write_report, False  # it comes after the last evaluation
+    checkpoint = resume_point(config)
+    trainer = build_trainer(run, config)
+    headline = f"eval_rewards/{run.headline or trainer.rewards[0].name}/mean"
+    before = None
+    if trainer.eval_prompts:
+        before = first_value(Path(str(config.output_dir)), headline) if checkpoint else trainer.evaluate().get(headline)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    after = trainer.evaluate().get(headline) if trainer.eval_prompts else None
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        if wants_report:
+            print(f"report: {write_report(Path(str(config.output_dir)))}")
+        if before is not None and after is not None:
+            held_out = sum(map(len, trainer.eval_prompts.values()))
+            print(f"{headline.split('/')[1]} {before:.3f} -> {after:.3f} held-out {held_out}")
+    return 0
+
+
+def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
+    """The trainer that a recipe describes; checks its settings before it makes a model."""
+    for names in (("model_name_or_path", "model_function"), ("dataset_name", "dataset_function")):
+        if sum(getattr(run, name) is not None for name in names) != 1:
+            raise ValueError(f"set {names[0]} or {names[1]}, one of them")
+    train, held_out = load_data(run)
+    model: Any = run.model_name_or_path
+    tokenizer = None
+    if run.model_function is not None:
+        model, tokenizer = call(run.model_function, seed=config.seed, **run.model_options)
+    peft_config = None
+    if run.use_peft:
+        peft_config = LoraConfig(
+            r=run.lora_r,
+            lora_alpha=run.lora_alpha,
+            lora_dropout=run.lora_dropout,
+            target_modules=run.lora_target_modules,
+            task_type="CAUSAL_LM",
+        )
+    return GRPOTrainer(model, run.rewards, config, train, held_out, tokenizer, peft_config=peft_config)
+
+
+def load_data(run: RunArguments) -> tuple[Dataset, Dataset | None]:
+    """The training rows and the held-out rows, with their prompts made."""
+    if run.dataset_function is not None:
+        train, held_out = call(run.dataset_function, **run.dataset_options)
+    elif (suffix := Path(str(run.dataset_name)).suffix) in FORMATS:
+        files = {"train": run.dataset_name} | ({"test": run.dataset_test_file} if run.dataset_test_file else {})
+        loaded = load_dataset(FORMATS[suffix], data_files=files)
+        train, held_out = loaded["train"], loaded.get("test")
+    else:
+        loaded = load_dataset(str(run.dataset_name), run.dataset_config)
+        train = loaded[run.dataset_train_split]
+        held_out = loaded[run.dataset_test_split] if run.dataset_test_split else None
+    if held_out is not None and run.max_eval_samples is not None:
+        held_out = held_out.select(range(min(run.max_eval_samples, len(held_out))))
+    return with_prompts(train, run), None if held_out is None else with_prompts(held_out, run)
+
+
+def with_prompts(rows: Dataset, run: RunArguments) -> Dataset:
+    """Add the prompt column that the recipe's template makes."""
+    if run.prompt_template is None and run.system_prompt is None:
+        return rows
+    template = run.prompt_template or "{prompt}"
+
+    def prompt(row: dict[str, Any]) -> dict[str, Any]:
+        text = template.format(**row)
+        if run.system_prompt is None:
+            return {"prompt": text}
+        return {"prompt": [{"role": "system", "content": run.system_prompt}, {"role": "user", "content": text}]}
+
+    return rows.map(prompt)
+
+
+def call(spec: str, **options: Any) -> Any:
+    """Call `path/file.py:function` or `package.module:function`."""
+    place, colon, attribute = spec.rpartition(":")
+    if not colon:
+        raise ValueError(f"{spec!r} names no function; write path/file.py:function or package.module:function")
+    return load_function(place, attribute, spec)(**options)
+
+
+def resume_point(config: GRPOConfig) -> str | None:
+    """The checkpoint to go on from; "auto" is the newest in output_dir, or none."""
+    wanted = config.resume_from_checkpoint
+    folder = str(config.output_dir)
+    newest = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if wanted in (None, "auto", "true", True):
+        if wanted not in (None, "auto") and newest is None:
+            raise ValueError(
+                f"resume_from_checkpoint={wanted}: there is no checkpoint in {folder}; use 'auto' to start anew"
+            )
+        return newest if wanted is not None else None
+    return str(wanted)
+
+
+def first_value(folder: Path, name: str) -> float | None:
+    """The first logged value of a metric, from the part of the run before it was resumed."""
+    path = folder / "metrics.jsonl"
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            if line.endswith("}") and name in (entry := json.loads(line)):
+                return entry[name]
+    return None
