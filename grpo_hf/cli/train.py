@@ -116,9 +116,7 @@ def resume_point(config: GRPOConfig) -> str | None:
     newest = get_last_checkpoint(folder) if Path(folder).is_dir() else None
     if wanted in (None, "auto", "true", True):
         if wanted not in (None, "auto") and newest is None:
-            raise ValueError(
-                f"resume_from_checkpoint={wanted}: there is no checkpoint in {folder}; use 'auto' to start anew"
-            )
+            raise ValueError(f"resume_from_checkpoint={wanted}: no checkpoint in {folder}; with 'auto' the run starts anew")
         return newest if wanted is not None else None
     return str(wanted)
 

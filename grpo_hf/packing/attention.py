@@ -134,18 +134,20 @@ def _compiled_flex_attention() -> Any:
 
 def _flex(query: Heads, key: Tensor, value: Tensor, layout: PrefixLayout, rule: ScoreRule) -> Heads:
     """One FlexAttention call (Dong et al. 2024, arXiv 2412.05496): no key is copied, no score matrix is held."""
-    mask = layout.block_masks.setdefault(rule.sliding_window, None) or block_mask(layout, rule.sliding_window)
-    layout.block_masks[rule.sliding_window] = mask
+    if rule.sliding_window not in layout.block_masks:
+        layout.block_masks[rule.sliding_window] = block_mask(layout, rule.sliding_window)
+
+    softcap = rule.softcap or 0.0
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return rule.softcap * torch.tanh(score / rule.softcap)
+        return softcap * torch.tanh(score / softcap)
 
     return _compiled_flex_attention()(
         query,
         key,
         value,
         score_mod=None if rule.softcap is None else cap,
-        block_mask=mask,
+        block_mask=layout.block_masks[rule.sliding_window],
         scale=rule.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -163,8 +163,8 @@ def _blocks(prompt_spans: list[range], completion_spans: list[tuple[int, range]]
 
 def _completion_tensors(completions: list[Completion]) -> dict:
     sequence = [number for number, completion in enumerate(completions) for _ in completion.ids]
-    logprobs = [completion.rollout_logprobs for completion in completions]
-    has_logprobs = all(values is not None for values in logprobs)
+    logprobs = [completion.rollout_logprobs for completion in completions if completion.rollout_logprobs is not None]
+    has_logprobs = len(logprobs) == len(completions)
     return {
         "targets": torch.tensor([token for completion in completions for token in completion.ids]),
         "sequence": torch.tensor(sequence),

@@ -7,6 +7,7 @@ chunk of logits whatever the number of tokens (as in Cut Your Losses, arXiv 2411
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ from grpo_hf.types import PackedBatch
 LOGITS_PER_CHUNK = 2**22
 """Logits held at a time: 16 MiB in float32."""
 
-LOGIT_TRANSFORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),
-    "logit_scale": lambda logits, scale: logits * scale,
-    "logits_scaling": lambda logits, scale: logits / scale,
+LOGIT_TRANSFORMS: dict[str, Callable[[float, Tensor], Tensor]] = {
+    "final_logit_softcapping": lambda cap, logits: cap * torch.tanh(logits / cap),
+    "logit_scale": lambda scale, logits: logits * scale,
+    "logits_scaling": lambda scale, logits: logits / scale,
 }
 """What some models do to their head's output, by the name of the config field that holds the number."""
 
@@ -41,7 +42,7 @@ def batch_logprobs(model: PreTrainedModel, batch: PackedBatch, *, temperature: f
     (no DDP wrapper); both results carry gradients.
     """
     if batch.prefix_layout is None:
-        inputs = {"attention_mask": batch.attention_mask}
+        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
     else:
         # A four-dimensional mask is handed on by transformers as it is; the attention function looks at the layout.
         inputs = {"attention_mask": batch.input_ids.new_ones(1, 1, 1, 1), "prefix_layout": batch.prefix_layout}
@@ -93,7 +94,7 @@ def logit_transform(model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None
     for name, transform in LOGIT_TRANSFORMS.items():
         value = getattr(config, name, None)
         if value is not None and not (name != "final_logit_softcapping" and value == 1):
-            return lambda logits, transform=transform, value=value: transform(logits, value)
+            return partial(transform, value)
     return None
 
 

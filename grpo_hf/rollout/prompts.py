@@ -134,7 +134,8 @@ def _tokenize(raw: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs
     if not isinstance(raw, list):
         raise ValueError(f"a prompt must be a string or a list of chat messages, got {type(raw).__name__}: {raw!r:.200}")
     options = {"add_generation_prompt": True, **chat_template_kwargs}
-    return tokenizer.apply_chat_template(raw, tokenize=True, return_dict=True, **options)["input_ids"]
+    encoded: Any = tokenizer.apply_chat_template(raw, tokenize=True, return_dict=True, **options)
+    return encoded["input_ids"]
 
 
 def _listed(numbers: list[int], most: int = 10) -> str:

@@ -70,7 +70,7 @@ class TransformersEngine:
         self.model.generation_config = GenerationConfig()
         self.model.eval()
         try:
-            output = self.model.generate(
+            output = self.model.generate(  # type: ignore[operator]
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 logits_processor=processors,

@@ -124,7 +124,8 @@ class GRPOConfig(TrainingArguments):
         self.remove_unused_columns = False
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # type: ignore[call-overload]
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         self._check_names()
         self._check_numbers()
         self._check_batches()
@@ -153,7 +154,7 @@ class GRPOConfig(TrainingArguments):
 
     def objective(self) -> Objective:
         """The loss of this run."""
-        options = {
+        options: dict[str, dict[str, Any]] = {
             "cispo": {"epsilon_high": self.epsilon_high},
             "sapo": {
                 "sapo_temperature_pos": self.sapo_temperature_pos,

@@ -19,15 +19,16 @@ from transformers import (
 )
 
 
-def load_config(model: str | nn.Module, **options: Any) -> PretrainedConfig:
+def load_config(model: str | PreTrainedModel | PeftModel, **options: Any) -> PretrainedConfig:
     """The text model's config, without loading any weights."""
-    config = AutoConfig.from_pretrained(model, **options) if isinstance(model, str) else model.config
+    config: Any = AutoConfig.from_pretrained(model, **options) if isinstance(model, str) else model.config
     return config.get_text_config()
 
 
-def load_tokenizer(model: str | nn.Module, **options: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str | PreTrainedModel | PeftModel, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to the model."""
-    return AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path, **options)
+    config: Any = None if isinstance(model, str) else model.config
+    return AutoTokenizer.from_pretrained(model if isinstance(model, str) else config._name_or_path, **options)
 
 
 def load_model(name: str, **options: Any) -> PreTrainedModel:

@@ -49,8 +49,6 @@ from grpo_hf.types import Group, PackedBatch
 
 logger = logging.get_logger(__name__)
 
-EvalDataset = Dataset | list[dict[str, Any]] | dict[str, Dataset]
-
 NOT_HERE = {
     "reward_processing_classes": "reward models are not supported in this version; wrap one in a reward function",
     "tools": "completions are single-turn here",
@@ -78,7 +76,7 @@ class GRPOTrainer(Trainer):
         reward_funcs: RewardSpec | list[RewardSpec] | None = None,
         args: GRPOConfig | None = None,
         train_dataset: Dataset | list[dict[str, Any]] | None = None,
-        eval_dataset: EvalDataset | None = None,
+        eval_dataset: Dataset | list[dict[str, Any]] | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -94,7 +92,7 @@ class GRPOTrainer(Trainer):
         args = args or GRPOConfig()
         self.metrics = Metrics()
         self._check_rewards(reward_funcs, args)
-        init = dict(args.model_init_kwargs or {})
+        init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         if quantization_config is not None:
             init["quantization_config"] = quantization_config
         shared = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
@@ -112,7 +110,7 @@ class GRPOTrainer(Trainer):
         super().__init__(
             model=lm,
             args=args,
-            data_collator=lambda items: items,
+            data_collator=list,  # type: ignore[arg-type]
             train_dataset=train.dataset,
             eval_dataset={name: part.dataset for name, part in evals.items()} or None,
             processing_class=tokenizer,
@@ -247,7 +245,7 @@ class GRPOTrainer(Trainer):
         sizes = [(len(g.prompt.ids) * len(g.completions), sum(len(c.ids) for c in g.completions)) for g in rollout.groups]
         self.state.num_input_tokens_seen += sum(self.peers.gather(sum(map(sum, sizes))))
         if self.args.save_rollouts:
-            folder = Path(self.args.output_dir, "rollouts")
+            folder = Path(str(self.args.output_dir), "rollouts")
             write_rollout(folder, rollout, step=step, process=self.peers.rank)
         if self.args.log_completions and self.peers.rank == 0 and step % self.args.logging_steps <= 1:
             print_samples(rollout.groups, step, self.args.num_completions_to_print or 4)
@@ -411,7 +409,7 @@ class GRPOTrainer(Trainer):
         """Before the first write: a new run does not mix its records with those of an earlier one in the same folder."""
         if not self._run_folder_is_ours and self.state.global_step == 0:
             if self.peers.rank == 0:
-                set_aside_earlier_run(Path(self.args.output_dir))
+                set_aside_earlier_run(Path(str(self.args.output_dir)))
             self.accelerator.wait_for_everyone()
         self._run_folder_is_ours = True
 
