@@ -16,7 +16,7 @@ class Metrics:
     """Weighted means, totals, minima, maxima and phase times of this process since the last flush."""
 
     def __init__(self) -> None:
-        self._clear()
+        self.reset()
 
     def mean(self, name: str, total: float | torch.Tensor, count: float = 1.0) -> None:
         """Add ``total`` over ``count`` things; tensors stay on their device until the flush."""
@@ -69,10 +69,11 @@ class Metrics:
             for name in dict.fromkeys(name for part in everyone for name in part[kind]):
                 values[name] = choose(part[kind][name] for part in everyone if name in part[kind])
         values |= {f"time/{name}": value / max(steps, 1) for name, value in seconds.items()}
-        self._clear()
+        self.reset()
         return values
 
-    def _clear(self) -> None:
+    def reset(self) -> None:
+        """Forget everything and start the clock anew."""
         self._means: dict[str, tuple[float | torch.Tensor, float]] = defaultdict(lambda: (0.0, 0.0))
         self._totals: dict[str, float] = defaultdict(float)
         self._minima: dict[str, float] = {}

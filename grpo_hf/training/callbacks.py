@@ -51,6 +51,10 @@ class StepClock(TrainerCallback):
         self.metrics, self.updates_per_epoch = metrics, updates_per_epoch
         self.phase: Any = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What came before training is no part of its first step."""
+        self.metrics.reset()
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self.phase = self.metrics.phase("optimizer")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +18,36 @@ from transformers.utils import logging
 
 from grpo_hf.algorithm.objective import Objective
 from grpo_hf.algorithm.sequences import sequence_mean
+from grpo_hf.evaluation import evaluate_prompts
 from grpo_hf.metrics import Metrics
 from grpo_hf.packing.choose import choose_layout, disable_dropout
 from grpo_hf.packing.logprobs import batch_logprobs
-from grpo_hf.rewards import RewardSpec, check_columns, get_rewards
+from grpo_hf.rewards import RewardSpec
 from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.planning import Peers, Plan, Update
 from grpo_hf.rollout.prompts import (
     PromptOrder,
     PromptSet,
-    checked_dataset,
-    derived_seed,
-    load_prompts,
     prepare_tokenizer,
 )
-from grpo_hf.rollout.record import record_forward, record_groups, record_rollout, set_aside_earlier_run, write_rollout
+from grpo_hf.rollout.record import record_forward, record_rollout, set_aside_earlier_run, write_rollout
 from grpo_hf.rollout.sampler import GroupSampler
 from grpo_hf.rollout.stream import Rollout, RolloutStream
 from grpo_hf.rollout.transformers_engine import TransformersEngine
 from grpo_hf.training.callbacks import MetricsFile, Report, RewardProgress, StepClock, print_samples
+from grpo_hf.training.checks import check_enough_prompts, checked_prompts, checked_rewards, not_finite, refuse_arguments
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.models import (
     causal_lm,
-    context_length,
     frozen_copy,
     load_config,
     load_model,
     load_tokenizer,
     run_inside,
 )
-from grpo_hf.types import Group, PackedBatch
+from grpo_hf.types import PackedBatch
 
 logger = logging.get_logger(__name__)
-
-NOT_HERE = {
-    "reward_processing_classes": "reward models are not supported in this version; wrap one in a reward function",
-    "tools": "completions are single-turn here",
-    "rollout_func": "write an engine with the methods of grpo_hf.rollout.engine.Engine",
-    "environment_factory": "completions are single-turn here",
-}
 
 
 class GRPOTrainer(Trainer):
@@ -84,21 +77,21 @@ class GRPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         **unsupported: Any,
     ):
-        for name, value in unsupported.items():
-            if name not in NOT_HERE:
-                raise TypeError(f"GRPOTrainer has no argument {name!r}")
-            if value is not None:
-                raise ValueError(f"GRPOTrainer takes no {name}: {NOT_HERE[name]}")
+        refuse_arguments(unsupported)
         args = args or GRPOConfig()
         self.metrics = Metrics()
-        self._check_rewards(reward_funcs, args)
+        self.rewards, self.reward_weights = checked_rewards(reward_funcs, args)
         init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         if quantization_config is not None:
             init["quantization_config"] = quantization_config
         shared = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
         tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, **shared))
-        train, evals = self._load_prompts(args, tokenizer, load_config(model, **shared), train_dataset, eval_dataset)
-        self.prompts, self.eval_prompts = train, evals
+        self._check = partial(
+            checked_prompts, args=args, rewards=self.rewards, tokenizer=tokenizer, config=load_config(model, **shared)
+        )
+        self.prompts = train = self._check(train_dataset, "train_dataset")
+        check_enough_prompts(train, args)
+        self.eval_prompts = evals = self._checked_eval(eval_dataset)
 
         set_seed(args.seed)  # adapter weights are random
         lm = load_model(model, **init) if isinstance(model, str) else model
@@ -130,49 +123,10 @@ class GRPOTrainer(Trainer):
 
     # ---- Setting up
 
-    def _check_rewards(self, reward_funcs: Any, args: GRPOConfig) -> None:
-        self.rewards = get_rewards(reward_funcs if reward_funcs is not None else [])
-        self.reward_weights = args.reward_weights or [1.0] * len(self.rewards)
-        if not self.rewards:
-            raise ValueError("reward_funcs is empty: give at least one verifier, by name or as a function")
-        if len(self.reward_weights) != len(self.rewards):
-            raise ValueError(
-                f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards "
-                f"({', '.join(reward.name for reward in self.rewards)}); give one each"
-            )
-
-    def _load_prompts(
-        self, args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, config: Any, train: Any, evals: Any
-    ) -> tuple[PromptSet, dict[str, PromptSet]]:
-        context = context_length(config)
-        if context is not None and context <= args.max_completion_length:
-            raise ValueError(
-                f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context of "
-                f"{context} positions; lower it"
-            )
-        named = evals if isinstance(evals, dict) else {"": evals} if evals is not None else {}
-        tables = {"train_dataset": train} | {f"eval_dataset {name}".strip(): part for name, part in named.items()}
-        loaded = []
-        for name, table in tables.items():
-            table = checked_dataset(table, name)
-            check_columns(self.rewards, table.column_names, name)
-            loaded.append(
-                load_prompts(
-                    table,
-                    tokenizer,
-                    name=name,
-                    max_prompt_length=None if context is None else context - args.max_completion_length,
-                    overlong_prompts=args.overlong_prompts,
-                    chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
-                )
-            )
-        if len(loaded[0]) < args.prompts_per_rollout:
-            raise ValueError(
-                f"train_dataset has {len(loaded[0])} prompts, but a rollout samples {args.prompts_per_rollout} different "
-                f"ones (per_device_train_batch_size * steps_per_generation * processes / num_generations); lower "
-                f"per_device_train_batch_size or raise num_generations"
-            )
-        return loaded[0], dict(zip(named, loaded[1:], strict=True))
+    def _checked_eval(self, evals: Any) -> dict[str, PromptSet]:
+        """Held-out prompts by name; a single data set has the name ""."""
+        named = evals if isinstance(evals, dict) else {} if evals is None else {"": evals}
+        return {name: self._check(table, f"eval_dataset {name}".strip()) for name, table in named.items()}
 
     def _make_stream(self, tokenizer: PreTrainedTokenizerBase) -> RolloutStream:
         args = self.args
@@ -274,8 +228,7 @@ class GRPOTrainer(Trainer):
                     part = self._loss(model, batch, update)
                     self.accelerator.backward(part)
                 loss += part.detach()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(self._why_not_finite("loss", loss.item(), update))
+        self._stop_unless_finite("loss", loss, update)
         return loss
 
     def _loss(self, model: nn.Module, batch: PackedBatch, update: Update) -> Tensor:
@@ -329,23 +282,14 @@ class GRPOTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Trainer's, stopping the run before a gradient that is not finite reaches the weights."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if grad_norm is not None and not torch.isfinite(torch.as_tensor(grad_norm)):
-            raise FloatingPointError(self._why_not_finite("gradient norm", float(grad_norm)))
+        if grad_norm is not None:
+            self._stop_unless_finite("gradient norm", grad_norm)
         return grad_norm
 
-    def _why_not_finite(self, what: str, value: float, update: Update | None = None) -> str:
-        bad_weights = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
-        bad_gradients = [
-            n for n, p in self.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()
-        ]
-        batches = update.microbatches if update else []
-        bad_logprobs = sum(int((~torch.isfinite(b.old_logprobs)).sum()) for b in batches if b.old_logprobs is not None)
-        return (
-            f"the {what} of step {self.state.global_step + 1} is {value}: {bad_logprobs} log-probs, "
-            f"{len(bad_weights)} weights ({', '.join(bad_weights[:3])}) and {len(bad_gradients)} gradients "
-            f"({', '.join(bad_gradients[:3])}) are not finite. The weights were not changed by this step; the checkpoints "
-            f"in {self.args.output_dir} are good. Try a lower learning_rate, bf16=False, or a smaller beta"
-        )
+    def _stop_unless_finite(self, what: str, value: Any, update: Update | None = None) -> None:
+        if not torch.isfinite(torch.as_tensor(value)):
+            step, folder = self.state.global_step + 1, str(self.args.output_dir)
+            raise FloatingPointError(not_finite(what, float(value), step, self.model, folder, update))
 
     # ---- Evaluation
 
@@ -353,42 +297,29 @@ class GRPOTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample every held-out prompt with fixed seeds, score, and log; several data sets have a prefix each."""
-        metrics: dict[str, float] = {}
-        parts = self.eval_prompts if eval_dataset is None else self._load_eval(eval_dataset)
+        parts = self.eval_prompts if eval_dataset is None else self._checked_eval(eval_dataset)
         if not parts:
             raise ValueError("evaluation needs an eval_dataset")
-        for name, prompts in parts.items():
-            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-            metrics |= {f"{prefix}_{key}": value for key, value in self._evaluate_prompts(prompts).items()}
+        args = self.args
+        temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
+        metrics: dict[str, float] = {}
+        self.sampler.engine.sync_weights()
+        with self.metrics.phase("evaluate"):
+            for name, prompts in parts.items():
+                prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+                measured = evaluate_prompts(
+                    prompts,
+                    replace(self.sampler, metrics=Metrics()),
+                    replace(self.sampling, temperature=temperature),
+                    num_generations=args.num_generations_eval or args.num_generations,
+                    batch_size=args.per_device_eval_batch_size,
+                    seed=args.seed,
+                    peers=self.peers,
+                )
+                metrics |= {f"{prefix}_{key}": value for key, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _load_eval(self, eval_dataset: Any) -> dict[str, PromptSet]:
-        config = causal_lm(self.model).config.get_text_config()
-        return self._load_prompts(self.args, self.processing_class, config, self.prompts.dataset, eval_dataset)[1]
-
-    def _evaluate_prompts(self, prompts: PromptSet) -> dict[str, float]:
-        args = self.args
-        temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
-        sampling = Sampling(**(vars(self.sampling) | {"temperature": temperature}))
-        group = args.num_generations_eval or args.num_generations
-        mine = range(self.peers.rank, len(prompts), self.peers.count)
-        share = max(1, args.per_device_eval_batch_size // group)
-        measured = Metrics()
-        sampler = GroupSampler(
-            self.sampler.engine, self.sampler.tokenizer, self.rewards, self.reward_weights, measured, self.state
-        )
-        self.sampler.engine.sync_weights()
-        groups: list[Group] = []
-        with self.metrics.phase("evaluate"):
-            for start in range(0, len(mine), share):
-                rows = mine[start : start + share]
-                seeds = [[derived_seed(args.seed, "eval", row, n) for n in range(group)] for row in rows]
-                groups += sampler.sample([prompts[row] for row in rows], seeds, sampling)
-        if groups:
-            record_groups(measured, groups)
-        return {k: v for k, v in measured.flush(self.peers.gather, steps=1).items() if not k.startswith("time/")}
 
     # ---- Logs and checkpoints
 

@@ -1,0 +1,49 @@
+"""Sampling and scoring held-out prompts: reward means, and pass@k where a verifier says right or wrong."""
+
+from __future__ import annotations
+
+import torch
+
+from grpo_hf.algorithm.pass_at_k import pass_at_k
+from grpo_hf.metrics import Metrics
+from grpo_hf.rollout.engine import Sampling
+from grpo_hf.rollout.planning import ALONE, Peers
+from grpo_hf.rollout.prompts import PromptSet, derived_seed
+from grpo_hf.rollout.record import record_groups
+from grpo_hf.rollout.sampler import GroupSampler
+from grpo_hf.types import Group
+
+
+def evaluate_prompts(
+    prompts: PromptSet,
+    sampler: GroupSampler,
+    sampling: Sampling,
+    *,
+    num_generations: int = 1,
+    batch_size: int = 64,
+    seed: int = 0,
+    peers: Peers = ALONE,
+) -> dict[str, float]:
+    """Metrics over all prompts and processes, under the names of training's log.
+
+    Seeds depend on the row alone, so two evaluations differ by the weights only. ``batch_size`` counts completions.
+    """
+    rows = range(peers.rank, len(prompts), peers.count)
+    share = max(1, batch_size // num_generations)
+    groups: list[Group] = []
+    for start in range(0, len(rows), share):
+        part = rows[start : start + share]
+        seeds = [[derived_seed(seed, "eval", row, n) for n in range(num_generations)] for row in part]
+        groups += sampler.sample([prompts[row] for row in part], seeds, sampling)
+    metrics = Metrics()
+    if groups:
+        record_groups(metrics, groups)
+        _record_pass_at_k(metrics, groups, num_generations)
+    return {k: v for k, v in metrics.flush(peers.gather, steps=1).items() if not k.startswith("time/")}
+
+
+def _record_pass_at_k(metrics: Metrics, groups: list[Group], k: int) -> None:
+    for name in groups[0].completions[0].rewards if k > 1 else ():
+        scores = torch.tensor([[item.rewards[name] for item in group.completions] for group in groups])
+        if bool(((scores == 0) | (scores == 1)).all()):
+            metrics.mean(f"rewards/{name}/pass@{k}", pass_at_k(scores.bool(), k).item() * len(groups), len(groups))

@@ -1,0 +1,97 @@
+"""What is checked, and loaded, before any weights are: rewards and prompts; and what is said when numbers go bad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from grpo_hf.rewards import Reward, check_columns, get_rewards
+from grpo_hf.rollout.planning import Update
+from grpo_hf.rollout.prompts import PromptSet, checked_dataset, load_prompts
+from grpo_hf.training.config import GRPOConfig
+from grpo_hf.training.models import context_length
+
+NOT_HERE = {
+    "reward_processing_classes": "reward models are not part of this version; wrap one in a reward function",
+    "tools": "completions are single-turn here",
+    "rollout_func": "write an engine with the methods of grpo_hf.rollout.engine.Engine",
+    "environment_factory": "completions are single-turn here",
+}
+"""Arguments of TRL's GRPOTrainer that this one refuses."""
+
+
+def refuse_arguments(unsupported: dict[str, Any]) -> None:
+    """Say what to use instead of an argument that only TRL has."""
+    for name, value in unsupported.items():
+        if name not in NOT_HERE:
+            raise TypeError(f"GRPOTrainer has no argument {name!r}")
+        if value is not None:
+            raise ValueError(f"GRPOTrainer takes no {name}: {NOT_HERE[name]}")
+
+
+def checked_rewards(reward_funcs: Any, args: GRPOConfig) -> tuple[list[Reward], list[float]]:
+    """The verifiers and one weight each."""
+    rewards = get_rewards(reward_funcs if reward_funcs is not None else [])
+    weights = args.reward_weights or [1.0] * len(rewards)
+    if not rewards:
+        raise ValueError("reward_funcs is empty: give at least one verifier, by name or as a function")
+    if len(weights) != len(rewards):
+        raise ValueError(
+            f"reward_weights has {len(weights)} numbers for {len(rewards)} rewards "
+            f"({', '.join(reward.name for reward in rewards)}); give one each"
+        )
+    return rewards, weights
+
+
+def checked_prompts(
+    table: Any,
+    name: str,
+    *,
+    args: GRPOConfig,
+    rewards: list[Reward],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+) -> PromptSet:
+    """The tokenized prompts of a dataset that has every column and fits into the model's context."""
+    context = context_length(config)
+    if context is not None and context <= args.max_completion_length:
+        raise ValueError(
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context of "
+            f"{context} positions; lower it"
+        )
+    table = checked_dataset(table, name)
+    check_columns(rewards, table.column_names, name)
+    return load_prompts(
+        table,
+        tokenizer,
+        name=name,
+        max_prompt_length=None if context is None else context - args.max_completion_length,
+        overlong_prompts=args.overlong_prompts,
+        chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+    )
+
+
+def check_enough_prompts(prompts: PromptSet, args: GRPOConfig) -> None:
+    """A rollout's prompts are all different."""
+    if len(prompts) < args.prompts_per_rollout:
+        raise ValueError(
+            f"train_dataset has {len(prompts)} prompts, but a rollout samples {args.prompts_per_rollout} different ones "
+            f"(per_device_train_batch_size * steps_per_generation * processes / num_generations); lower "
+            f"per_device_train_batch_size or raise num_generations"
+        )
+
+
+def not_finite(what: str, value: float, step: int, model: nn.Module, output_dir: str, update: Update | None) -> str:
+    """The message that a run stops with when a loss or gradient is NaN or infinite: what else is, and what to try."""
+    weights = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    gradients = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    logprobs = [batch.old_logprobs for batch in update.microbatches] if update else []
+    bad_logprobs = sum(int((~torch.isfinite(values)).sum()) for values in logprobs if values is not None)
+    return (
+        f"the {what} of step {step} is {value}: not finite are {bad_logprobs} log-probs, {len(weights)} weights "
+        f"({', '.join(weights[:3])}) and {len(gradients)} gradients ({', '.join(gradients[:3])}). This step changed no "
+        f"weights, and the checkpoints in {output_dir} are good. Try a lower learning_rate, bf16=False or a smaller beta"
+    )
