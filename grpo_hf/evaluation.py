@@ -9,7 +9,7 @@ from grpo_hf.metrics import Metrics
 from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.planning import ALONE, Peers
 from grpo_hf.rollout.prompts import PromptSet, derived_seed
-from grpo_hf.rollout.record import record_groups
+from grpo_hf.rollout.record import GroupSummary, record_groups, summarize_all
 from grpo_hf.rollout.sampler import GroupSampler
 from grpo_hf.types import Group
 
@@ -36,14 +36,14 @@ def evaluate_prompts(
         seeds = [[derived_seed(seed, "eval", row, n) for n in range(num_generations)] for row in part]
         groups += sampler.sample([prompts[row] for row in part], seeds, sampling)
     metrics = Metrics()
-    if groups:
-        record_groups(metrics, groups)
-        _record_pass_at_k(metrics, groups, num_generations)
+    everyone = summarize_all(groups, peers)
+    record_groups(metrics, everyone)
+    _record_pass_at_k(metrics, everyone, num_generations)
     return {k: v for k, v in metrics.flush(peers.gather, steps=1).items() if not k.startswith("time/")}
 
 
-def _record_pass_at_k(metrics: Metrics, groups: list[Group], k: int) -> None:
-    for name in groups[0].completions[0].rewards if k > 1 else ():
-        scores = torch.tensor([[item.rewards[name] for item in group.completions] for group in groups])
+def _record_pass_at_k(metrics: Metrics, groups: list[GroupSummary], k: int) -> None:
+    for name in groups[0][0]["rewards"] if k > 1 else ():
+        scores = torch.tensor([[item["rewards"][name] for item in group] for group in groups])
         if bool(((scores == 0) | (scores == 1)).all()):
-            metrics.mean(f"rewards/{name}/pass@{k}", pass_at_k(scores.bool(), k).item() * len(groups), len(groups))
+            metrics.mean(f"rewards/{name}/pass@{k}", pass_at_k(scores.bool(), k).item())

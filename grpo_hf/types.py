@@ -104,6 +104,10 @@ class PrefixLayout:
     block_masks: dict[int | None, Any] = field(default_factory=dict)
     """FlexAttention's masks by sliding window, made on first use and shared by the layers."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the masks, which cannot be pickled, out of checkpoints; they are made again."""
+        return vars(self) | {"block_masks": {}}
+
 
 @dataclass
 class PackedBatch:

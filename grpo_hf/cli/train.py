@@ -10,11 +10,11 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from transformers.trainer_utils import get_last_checkpoint
 
 from grpo_hf.cli.recipe import RunArguments, help_text, parse
 from grpo_hf.report import write_report
 from grpo_hf.rewards.loading import load_function
+from grpo_hf.training.checkpoints import resume_point
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.trainer import GRPOTrainer
 
@@ -29,18 +29,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     run, config = parse(arguments)
     wants_report, config.write_report = config.write_report, False  # it comes after the last evaluation
-    checkpoint = resume_point(config)
+    folder = Path(str(config.output_dir))
+    checkpoint = resume_point(config.resume_from_checkpoint, folder)
     trainer = build_trainer(run, config)
     headline = f"eval_rewards/{run.headline or trainer.rewards[0].name}/mean"
     before = None
     if trainer.eval_prompts:
-        before = first_value(Path(str(config.output_dir)), headline) if checkpoint else trainer.evaluate().get(headline)
-    trainer.train(resume_from_checkpoint=checkpoint)
+        before = first_value(folder, headline) if checkpoint else trainer.evaluate().get(headline)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     after = trainer.evaluate().get(headline) if trainer.eval_prompts else None
     trainer.save_model()
     if trainer.is_world_process_zero():
         if wants_report:
-            print(f"report: {write_report(Path(str(config.output_dir)))}")
+            print(f"report: {write_report(folder)}")
         if before is not None and after is not None:
             held_out = sum(map(len, trainer.eval_prompts.values()))
             print(f"{headline.split('/')[1]} {before:.3f} -> {after:.3f} held-out {held_out}")
@@ -107,18 +108,6 @@ def call(spec: str, **options: Any) -> Any:
     if not colon:
         raise ValueError(f"{spec!r} names no function; write path/file.py:function or package.module:function")
     return load_function(place, attribute, spec)(**options)
-
-
-def resume_point(config: GRPOConfig) -> str | None:
-    """The checkpoint to go on from; "auto" is the newest in output_dir, or none."""
-    wanted = config.resume_from_checkpoint
-    folder = str(config.output_dir)
-    newest = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if wanted in (None, "auto", "true", True):
-        if wanted not in (None, "auto") and newest is None:
-            raise ValueError(f"resume_from_checkpoint={wanted}: no checkpoint in {folder}; with 'auto' the run starts anew")
-        return newest if wanted is not None else None
-    return str(wanted)
 
 
 def first_value(folder: Path, name: str) -> float | None:

@@ -39,6 +39,10 @@ class ScoreRule:
     softcap: float | None
     """c of c tanh(score / c) (Gemma 2, arXiv 2408.00118); None: no cap."""
 
+    def sees_all(self, num_keys: int) -> bool:
+        """Whether the window is no limit for this many keys."""
+        return self.sliding_window is None or self.sliding_window >= num_keys
+
 
 def shared_prefix_attention(
     module: nn.Module,
@@ -103,6 +107,8 @@ def _attend_block(
 def attend(query: Heads, key: Heads, value: Heads, rule: ScoreRule, mask: Tensor | None = None) -> Heads:
     """Attention of the last queries of a causal sequence, under ``mask`` [query key] (True: may look) or causal."""
     num_queries, num_keys = query.shape[2], key.shape[2]
+    if mask is None and num_queries == num_keys and rule.softcap is None and rule.sees_all(num_keys):
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=rule.scaling)
     if mask is None:
         mask = causal_mask(num_queries, num_keys, rule.sliding_window, query.device)
     if rule.softcap is None:

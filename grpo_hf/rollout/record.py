@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from grpo_hf.metrics import Metrics
 from grpo_hf.packing.layout import num_padded_tokens
 from grpo_hf.rollout.planning import Peers
 from grpo_hf.rollout.stream import Rollout
-from grpo_hf.types import Completion, Group
+from grpo_hf.types import Group
+
+GroupSummary = list[dict[str, Any]]
+"""length, truncated, reward, advantage and rewards (by name) of each completion of a group."""
 
 
 def write_rollout(folder: Path, rollout: Rollout, *, step: int, process: int) -> Path:
@@ -49,9 +54,9 @@ def set_aside_earlier_run(folder: Path) -> None:
 
 def record_rollout(metrics: Metrics, rollout: Rollout, peers: Peers) -> None:
     """Log what was sampled, under TRL's names where it has them; every process records the numbers of all."""
-    everyone = [group for part in peers.gather([_bare(group) for group in rollout.groups]) for group in part]
+    everyone = summarize_all(rollout.groups, peers)
     record_groups(metrics, everyone)
-    signal = [any(item.advantage for item in group.completions) for group in everyone]
+    signal = [any(item["advantage"] for item in group) for group in everyone]
     metrics.mean("frac_zero_signal_groups", len(signal) - sum(signal), len(signal))
     metrics.total("tokens/sampled", sum(len(item.ids) for group in rollout.groups for item in group.completions))
 
@@ -63,33 +68,40 @@ def record_forward(metrics: Metrics, rollout: Rollout, *, num_iterations: int) -
     metrics.total("tokens/padded_equivalent", num_padded_tokens(rollout.groups) * num_iterations)
 
 
-def record_groups(metrics: Metrics, groups: list[Group]) -> None:
+def summarize_all(groups: list[Group], peers: Peers) -> list[GroupSummary]:
+    """The numbers of every process's completions, without their text and tokens."""
+    mine = [
+        [
+            {"length": len(item.ids), "truncated": item.truncated, "reward": item.reward, "advantage": item.advantage}
+            | {"rewards": item.rewards}
+            for item in group.completions
+        ]
+        for group in groups
+    ]
+    return [group for part in peers.gather(mine) for group in part]
+
+
+def record_groups(metrics: Metrics, groups: list[GroupSummary]) -> None:
     """Lengths and rewards of sampled groups."""
-    completions = [item for group in groups for item in group.completions]
-    lengths = [len(item.ids) for item in completions]
-    ended = [len(item.ids) for item in completions if not item.truncated] or [0]
+    completions = [item for group in groups for item in group]
+    lengths = [item["length"] for item in completions]
+    ended = [item["length"] for item in completions if not item["truncated"]] or [0]
     for name, values in (("", lengths), ("terminated_", ended)):
         metrics.mean(f"completions/mean_{name}length", sum(values), len(values))
         metrics.minimum(f"completions/min_{name}length", min(values))
         metrics.maximum(f"completions/max_{name}length", max(values))
-    metrics.mean("completions/clipped_ratio", sum(item.truncated for item in completions), len(completions))
-    for name in completions[0].rewards:
-        _mean_and_std(metrics, f"rewards/{name}/mean", f"rewards/{name}/std", [item.rewards[name] for item in completions])
-    _mean_and_std(metrics, "reward", "reward_std", [item.reward for item in completions])
-    by_group = [torch.tensor([item.reward for item in group.completions]) for group in groups]
-    flat = sum(int((rewards == rewards[0]).all()) for rewards in by_group)
+    metrics.mean("completions/clipped_ratio", sum(item["truncated"] for item in completions), len(completions))
+    for name in completions[0]["rewards"]:
+        _mean_and_std(metrics, f"rewards/{name}/", [item["rewards"][name] for item in completions])
+    _mean_and_std(metrics, "reward", [item["reward"] for item in completions])
+    flat = sum(len({item["reward"] for item in group}) == 1 for group in groups)
     metrics.mean("frac_reward_zero_std", flat, len(groups))
 
 
-def _mean_and_std(metrics: Metrics, mean_name: str, std_name: str, values: list[float]) -> None:
-    scored = torch.tensor(values, dtype=torch.float64)
-    scored = scored[~scored.isnan()]
-    if len(scored):
-        metrics.mean(mean_name, scored.mean().item())
-        metrics.mean(std_name, scored.std().item() if len(scored) > 1 else 0.0)
-
-
-def _bare(group: Group) -> Group:
-    """The group without its row and text, to travel between processes."""
-    prompt = type(group.prompt)(ids=group.prompt.ids, raw="", row={}, index=group.prompt.index)
-    return Group(prompt, [Completion(**(vars(item) | {"text": "", "rollout_logprobs": None})) for item in group.completions])
+def _mean_and_std(metrics: Metrics, name: str, values: list[float]) -> None:
+    """<name>/mean and <name>/std, or <name> and <name>_std, of the values that are not NaN."""
+    scored = [value for value in values if not math.isnan(value)]
+    if scored:
+        mean_name, std_name = (f"{name}mean", f"{name}std") if name.endswith("/") else (name, f"{name}_std")
+        metrics.mean(mean_name, statistics.fmean(scored))
+        metrics.mean(std_name, statistics.stdev(scored) if len(scored) > 1 else 0.0)

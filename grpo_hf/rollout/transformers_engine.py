@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from peft import PeftModel
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -48,7 +51,7 @@ class SeededSampling(LogitsProcessor):
 class TransformersEngine:
     """The engine for machines without vLLM: one `generate` call for all prompts."""
 
-    def __init__(self, model: PreTrainedModel, *, pad_token_id: int):
+    def __init__(self, model: PreTrainedModel | PeftModel, *, pad_token_id: int):
         self.model, self.pad_token_id = model, pad_token_id
 
     def sync_weights(self) -> None:
@@ -65,9 +68,11 @@ class TransformersEngine:
         input_ids = torch.tensor([[self.pad_token_id] * (longest - len(ids)) + ids for ids in rows], device=device)
         attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows], device=device)
         processors = processors_for(sampling, [seed for group in seeds for seed in group], prompt_length=longest)
-        # A model's own generation defaults (a repetition penalty, say) would sample from another distribution.
-        own_defaults, was_training = self.model.generation_config, self.model.training
-        self.model.generation_config = GenerationConfig()
+        # A model's own generation defaults (a repetition penalty, say) would sample from another distribution. Under PEFT
+        # it is the model inside that generate reads them from.
+        lm: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        own_defaults, was_training = lm.generation_config, self.model.training
+        lm.generation_config = GenerationConfig()
         self.model.eval()
         try:
             output = self.model.generate(  # type: ignore[operator]
@@ -82,7 +87,7 @@ class TransformersEngine:
                 ),
             )
         finally:
-            self.model.generation_config = own_defaults
+            lm.generation_config = own_defaults
             self.model.train(was_training)
         tokens = iter(output[:, longest:].tolist())
         for number, group in enumerate(seeds):

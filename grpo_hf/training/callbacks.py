@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 
 from grpo_hf.metrics import Metrics
 from grpo_hf.report import write_report
+from grpo_hf.training.checks import weights_not_finite
 from grpo_hf.types import Group
 
 HEADLINE = ("reward", "frac_zero_signal_groups", "tokens_per_second", "entropy")
@@ -67,6 +70,32 @@ class StepClock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Correct the epoch."""
         state.epoch = state.global_step / self.updates_per_epoch
+
+
+class FiniteWeights(TrainerCallback):
+    """Stops the run when an update has made weights NaN or infinite, before they are sampled from or saved."""
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Look at the trained weights."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(trained)):
+            raise FloatingPointError(weights_not_finite(state.global_step, model, args))
+
+
+class SyncReference(TrainerCallback):
+    """Moves the reference model towards the policy: ref = α π + (1 - α) ref (TR-DPO; Gorbatovski et al. 2024, arXiv
+    2404.09656), with α = ref_model_mixup_alpha, every ref_model_sync_steps."""
+
+    def __init__(self, policy: nn.Module, reference: nn.Module):
+        self.policy, self.reference = policy, reference
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move it."""
+        if state.global_step % args.ref_model_sync_steps == 0:
+            for reference, policy in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
+                reference.lerp_(policy, args.ref_model_mixup_alpha)
 
 
 class Report(TrainerCallback):

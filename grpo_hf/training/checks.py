@@ -32,6 +32,15 @@ def refuse_arguments(unsupported: dict[str, Any]) -> None:
             raise ValueError(f"GRPOTrainer takes no {name}: {NOT_HERE[name]}")
 
 
+def check_reference(args: GRPOConfig, *, lora: bool) -> None:
+    """A reference that moves is a model of its own; under LoRA it is the policy with its adapter switched off."""
+    if args.sync_ref_model and lora:
+        raise ValueError(
+            "sync_ref_model=True cannot move the reference under LoRA, where it is the frozen base model; set "
+            "sync_ref_model=False, or train all weights (no peft_config)"
+        )
+
+
 def checked_rewards(reward_funcs: Any, args: GRPOConfig) -> tuple[list[Reward], list[float]]:
     """The verifiers and one weight each."""
     rewards = get_rewards(reward_funcs if reward_funcs is not None else [])
@@ -94,4 +103,13 @@ def not_finite(what: str, value: float, step: int, model: nn.Module, output_dir:
         f"the {what} of step {step} is {value}: not finite are {bad_logprobs} log-probs, {len(weights)} weights "
         f"({', '.join(weights[:3])}) and {len(gradients)} gradients ({', '.join(gradients[:3])}). This step changed no "
         f"weights, and the checkpoints in {output_dir} are good. Try a lower learning_rate, bf16=False or a smaller beta"
+    )
+
+
+def weights_not_finite(step: int, model: nn.Module, args: GRPOConfig) -> str:
+    """The message that a run stops with when a finite gradient has made weights NaN or infinite."""
+    weights = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    return (
+        f"step {step} has made {len(weights)} weights NaN or infinite ({', '.join(weights[:3])}), from a finite gradient: "
+        f"learning_rate={args.learning_rate} is too high. They are not saved; the checkpoints in {args.output_dir} are good"
     )

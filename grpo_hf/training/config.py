@@ -54,6 +54,8 @@ class GRPOConfig(TrainingArguments):
     they are cut into forward passes is decided by `tokens_per_microbatch` alone and changes no gradient.
     """
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012
+
     learning_rate: float = option(1e-6, "Initial learning rate.")
     logging_steps: float = option(10, "Optimizer steps between log lines.")
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass: less memory, more time.")
@@ -86,7 +88,7 @@ class GRPOConfig(TrainingArguments):
     # Objective
     loss_type: str = option("dapo", f"One of {', '.join(LOSS_TYPES)}.")
     importance_sampling_level: str = option("token", "Ratio per 'token', or per 'sequence' (GSPO).")
-    scale_rewards: str | bool = option("group", "'group' (True), 'batch' or 'none' (False).")
+    scale_rewards: str = option("group", "'group' (or True), 'batch' or 'none' (or False).")
     advantage: str | None = option(None, f"Overrides scale_rewards: one of {', '.join(ADVANTAGES)}.")
     reward_weights: list[float] | None = option(None, "One for each reward; None: 1 each.")
     num_iterations: int = option(1, "Passes over each rollout (μ in the GRPO paper).")
@@ -119,7 +121,8 @@ class GRPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported()
         super().__post_init__()
         self.remove_unused_columns = False
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
@@ -203,16 +206,24 @@ class GRPOConfig(TrainingArguments):
     def _check_numbers(self) -> None:
         at_least: dict[str, Callable[[Any], bool]] = {
             "num_generations >= 1": lambda c: c.num_generations >= 1,
+            "num_generations_eval >= 1": lambda c: c.num_generations_eval is None or c.num_generations_eval >= 1,
             "num_iterations >= 1": lambda c: c.num_iterations >= 1,
             "max_completion_length >= 1": lambda c: c.max_completion_length >= 1,
             "tokens_per_microbatch >= 1": lambda c: c.tokens_per_microbatch >= 1,
             "temperature > 0": lambda c: c.temperature > 0,
             "eval_temperature >= 0": lambda c: c.eval_temperature is None or c.eval_temperature >= 0,
             "0 < top_p <= 1": lambda c: 0 < c.top_p <= 1,
+            "top_k >= 0": lambda c: c.top_k >= 0,
             "0 <= min_p <= 1": lambda c: c.min_p is None or 0 <= c.min_p <= 1,
+            "repetition_penalty > 0": lambda c: c.repetition_penalty > 0,
             "epsilon >= 0": lambda c: c.epsilon >= 0,
+            "epsilon_high >= 0": lambda c: c.epsilon_high is None or c.epsilon_high >= 0,
             "beta >= 0": lambda c: c.beta >= 0,
-            "delta > 1 + epsilon_high": lambda c: c.delta is None or c.delta > 1 + (c.epsilon_high or c.epsilon),
+            "0 <= ref_model_mixup_alpha <= 1": lambda c: 0 <= c.ref_model_mixup_alpha <= 1,
+            "ref_model_sync_steps >= 1": lambda c: c.ref_model_sync_steps >= 1,
+            "delta > 1 + epsilon_high": lambda c: (
+                c.delta is None or c.delta > 1 + (c.epsilon if c.epsilon_high is None else c.epsilon_high)
+            ),
         }
         for rule, holds in at_least.items():
             if not holds(self):

@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from grpo_hf.algorithm.objective import Objective
@@ -34,8 +35,24 @@ from grpo_hf.rollout.record import record_forward, record_rollout, set_aside_ear
 from grpo_hf.rollout.sampler import GroupSampler
 from grpo_hf.rollout.stream import Rollout, RolloutStream
 from grpo_hf.rollout.transformers_engine import TransformersEngine
-from grpo_hf.training.callbacks import MetricsFile, Report, RewardProgress, StepClock, print_samples
-from grpo_hf.training.checks import check_enough_prompts, checked_prompts, checked_rewards, not_finite, refuse_arguments
+from grpo_hf.training.callbacks import (
+    FiniteWeights,
+    MetricsFile,
+    Report,
+    RewardProgress,
+    StepClock,
+    SyncReference,
+    print_samples,
+)
+from grpo_hf.training.checkpoints import load_last, resume_point, save_last
+from grpo_hf.training.checks import (
+    check_enough_prompts,
+    check_reference,
+    checked_prompts,
+    checked_rewards,
+    not_finite,
+    refuse_arguments,
+)
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.models import (
     causal_lm,
@@ -79,6 +96,7 @@ class GRPOTrainer(Trainer):
     ):
         refuse_arguments(unsupported)
         args = args or GRPOConfig()
+        check_reference(args, lora=peft_config is not None or isinstance(model, PeftModel))
         self.metrics = Metrics()
         self.rewards, self.reward_weights = checked_rewards(reward_funcs, args)
         init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
@@ -107,7 +125,7 @@ class GRPOTrainer(Trainer):
             train_dataset=train.dataset,
             eval_dataset={name: part.dataset for name, part in evals.items()} or None,
             processing_class=tokenizer,
-            callbacks=[MetricsFile(), *(callbacks or []), *([Report()] if args.write_report else [])],
+            callbacks=[FiniteWeights(), MetricsFile(), *(callbacks or []), *([Report()] if args.write_report else [])],
             optimizers=optimizers,
         )
         if self.pop_callback(ProgressCallback) is not None:
@@ -118,6 +136,8 @@ class GRPOTrainer(Trainer):
         self.stream = self._make_stream(tokenizer)
         self.add_callback(StepClock(self.metrics, len(self.stream) // args.gradient_accumulation_steps))
         self.ref_model = self._make_reference() if self.objective.beta else None
+        if self.args.sync_ref_model and self.ref_model is not None:
+            self.add_callback(SyncReference(self.model, self.ref_model))
         self._last_logged_step = 0
         self._run_folder_is_ours = False
 
@@ -180,7 +200,9 @@ class GRPOTrainer(Trainer):
     # ---- Rollouts
 
     def get_train_dataloader(self) -> RolloutStream:  # type: ignore[override]
-        """The rollout stream."""
+        """The rollout stream; a rollout that an earlier train() has left in it is not this one's."""
+        self.stream.rollout = None
+        self._last_logged_step = 0
         return self.stream
 
     def num_examples(self, dataloader: Any) -> int:
@@ -280,9 +302,12 @@ class GRPOTrainer(Trainer):
             return self._no_grad_logprobs(self.model_wrapped, self.model, batch)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Trainer's, stopping the run before a gradient that is not finite reaches the weights."""
+        """Trainer's, stopping the run before a gradient that is not finite reaches the weights.
+
+        fp16's gradient scaler makes such gradients itself, finds them, and leaves out the step.
+        """
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if grad_norm is not None:
+        if grad_norm is not None and self.accelerator.scaler is None:
             self._stop_unless_finite("gradient norm", grad_norm)
         return grad_norm
 
@@ -323,6 +348,16 @@ class GRPOTrainer(Trainer):
 
     # ---- Logs and checkpoints
 
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trainer's; "auto" goes on from the newest whole checkpoint in output_dir, or starts anew."""
+        checkpoint = resume_point(resume_from_checkpoint, Path(str(self.args.output_dir)))
+        return super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the steps since the last log measured; reward comes first."""
         self._claim_run_folder()
@@ -352,18 +387,26 @@ class GRPOTrainer(Trainer):
         return 6 * tokens * causal_lm(self.model).num_parameters(exclude_embeddings=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's, with the rollout that is being trained on when the checkpoint falls inside one."""
-        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.stream.state_dict(), folder / f"rollout-{self.peers.rank}.pt")
+        """Trainer's, with the rollout that is being trained on when the checkpoint falls inside one, and a reference that
+        moves."""
         super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if self.args.sync_ref_model and self.ref_model is not None and self.peers.rank == 0:
+            torch.save(self.ref_model.state_dict(), folder / "reference.pt")
+        if self.peers.rank > 0:
+            save_last(self.stream.state_dict(), folder, self.peers.rank)
+        self.accelerator.wait_for_everyone()
+        if self.peers.rank == 0:
+            save_last(self.stream.state_dict(), folder, self.peers.rank)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Trainer's, with the rollout and the random state."""
+        """Trainer's, with the rollout, a reference that moves, and the random state."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint, f"rollout-{self.peers.rank}.pt")
-        self.stream.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=False))
+        device = self.args.device
+        self.stream.load_state_dict(load_last(Path(checkpoint), self.peers.rank, device))
+        if self.args.sync_ref_model and self.ref_model is not None:
+            self.ref_model.load_state_dict(torch.load(Path(checkpoint, "reference.pt"), map_location=device))
         self._load_rng_state(checkpoint)
         self._last_logged_step = self.state.global_step
