@@ -1,12 +1,13 @@
 """What recipes/sorting_lm.yaml trains: a small decoder, made on the spot, that sorts lists of one-digit numbers badly.
 
-Prompt "6 3 9 0 1 5=", right completion "0 1 3 5 6 9". A short supervised warm-up teaches it the form, and to be right
-about one time in four; GRPO does the rest.
+Prompt "6 3 9 0 1=", right completion "0 1 3 6 9". A short supervised warm-up teaches it the form, and to be right on
+fewer than half of the lists; GRPO does the rest.
 """
 
 from __future__ import annotations
 
 import random
+import zlib
 
 import torch
 from datasets import Dataset
@@ -26,16 +27,25 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def make_dataset(size: int, *, length: int = 6, seed: int = 0) -> Dataset:
+def is_held_out(numbers: list[int]) -> bool:
+    """One list in ten is never trained on, neither in the warm-up nor by GRPO."""
+    return zlib.crc32(bytes(numbers)) % 10 == 0
+
+
+def make_dataset(size: int, *, length: int = 5, seed: int = 0, held_out: bool = False) -> Dataset:
     """Random lists; `numbers` is the column that the sorting verifier reads."""
     generator = random.Random(seed)
-    lists = [[generator.randrange(10) for _ in range(length)] for _ in range(size)]
-    return Dataset.from_list([{"prompt": " ".join(map(str, numbers)) + "=", "numbers": numbers} for numbers in lists])
+    rows: list[dict] = []
+    while len(rows) < size:
+        numbers = [generator.randrange(10) for _ in range(length)]
+        if is_held_out(numbers) == held_out:
+            rows.append({"prompt": " ".join(map(str, numbers)) + "=", "numbers": numbers})
+    return Dataset.from_list(rows)
 
 
-def make_data(*, train: int = 16_384, held_out: int = 500, length: int = 6) -> tuple[Dataset, Dataset]:
-    """Lists to train on and to evaluate on; of the million lists of six digits few are in both."""
-    return make_dataset(train, length=length, seed=1), make_dataset(held_out, length=length, seed=2)
+def make_data(*, train: int = 16_384, held_out: int = 500, length: int = 5) -> tuple[Dataset, Dataset]:
+    """Lists to train on, and others to evaluate on."""
+    return make_dataset(train, length=length, seed=1), make_dataset(held_out, length=length, seed=2, held_out=True)
 
 
 def exact_sort(completion: str, numbers: list[int]) -> float:
@@ -44,7 +54,7 @@ def exact_sort(completion: str, numbers: list[int]) -> float:
 
 
 def make_model(
-    *, seed: int = 0, warm_up_until: float = 0.1, length: int = 6
+    *, seed: int = 0, warm_up_until: float = 0.15, length: int = 5
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A decoder of 1.8 million weights after a warm-up that stops at this share of exactly predicted lists."""
     torch.manual_seed(seed)
