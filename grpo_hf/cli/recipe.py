@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
 
 from grpo_hf.training.config import GRPOConfig, option
+from grpo_hf.training.trl_names import TRL_ONLY
+
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 @dataclass
@@ -41,25 +46,28 @@ class RunArguments:
 
 def parse(argv: Sequence[str]) -> tuple[RunArguments, GRPOConfig]:
     """`recipe.yaml [--field value ...]`; a later value wins. Raises ValueError for anything unknown."""
+    declared = _declared_types()
     settings: dict[str, Any] = {}
     rest = list(argv)
     while rest and not rest[0].startswith("--"):
         settings |= _read_yaml(Path(rest.pop(0)))
     while rest:
-        name, equals, value = rest.pop(0).removeprefix("--").partition("=")
+        name, equals, text = rest.pop(0).removeprefix("--").partition("=")
+        name = name.replace("-", "_")
         if not equals:
-            if not rest:
+            bare = not rest or rest[0].startswith("--")
+            if bare and bool not in declared.get(name, ()):
                 raise ValueError(f"--{name} needs a value: --{name} VALUE")
-            value = rest.pop(0)
-        settings[name] = yaml.safe_load(value)
+            text = "true" if bare else rest.pop(0)
+        settings[name] = _from_command_line(text, declared.get(name, ()))
     ours = {item.name for item in fields(RunArguments)}
-    known = ours | {item.name for item in fields(GRPOConfig)}
     for name in settings:
-        if name not in known and (near := difflib.get_close_matches(name, known, n=1)):
+        known = name in declared or name in TRL_ONLY  # GRPOConfig says what to use instead
+        if not known and (near := difflib.get_close_matches(name, declared, n=1)):
             raise ValueError(f"unknown setting {name!r}; did you mean {near[0]!r}?")
-    run = {name: value for name, value in settings.items() if name in ours}
-    config = {name: value for name, value in settings.items() if name not in ours}
-    return RunArguments(**_typed(RunArguments, run)), GRPOConfig(**_typed(GRPOConfig, config))
+    typed = {name: _as_declared(name, value, declared.get(name, ())) for name, value in settings.items()}
+    run = {name: value for name, value in typed.items() if name in ours}
+    return RunArguments(**run), GRPOConfig(**{name: value for name, value in typed.items() if name not in ours})
 
 
 def help_text() -> str:
@@ -84,12 +92,29 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _typed(kind: type, settings: dict[str, Any]) -> dict[str, Any]:
-    """YAML reads 1e-5 as a string: turn it into the number that its field is declared as."""
-    hints = get_type_hints(kind)
-    typed = dict(settings)
-    for name, value in settings.items():
-        declared = (get_args(hints.get(name)) or (hints.get(name),)) if name in hints else ()
-        if isinstance(value, str) and float in declared and str not in declared:
-            typed[name] = float(value)
-    return typed
+def _declared_types() -> dict[str, tuple[type, ...]]:
+    """The types that each setting's field is declared with."""
+    hints = get_type_hints(GRPOConfig) | get_type_hints(RunArguments)
+    known = {item.name for kind in (RunArguments, GRPOConfig) for item in fields(kind)}
+    return {name: get_args(hint) or (hint,) for name, hint in hints.items() if name in known}
+
+
+def _from_command_line(text: str, declared: tuple[type, ...]) -> Any:
+    """YAML, except that what can only be text stays it: {question} is a template, 001 a name."""
+    value = yaml.safe_load(text)
+    only_text = bool(declared) and set(declared) <= {str, type(None)}
+    return text if only_text and value is not None and not isinstance(value, bool) else value
+
+
+def _as_declared(name: str, value: Any, declared: tuple[type, ...]) -> Any:
+    """The value as its field is declared, where YAML reads it otherwise: 1e-5 as a string, no as False."""
+    if isinstance(value, str) and str not in declared and {int, float} & set(declared):
+        if not _NUMBER.fullmatch(value):
+            raise ValueError(f"{name}={value!r} is not a number")
+        value = float(value)
+        return int(value) if float not in declared and value.is_integer() else value
+    if value is False and any(isinstance(kind, type) and issubclass(kind, Enum) for kind in declared):
+        return "no"
+    if isinstance(value, dict | list) and declared and set(declared) <= {str, type(None)}:
+        raise ValueError(f"{name} must be text, not {value!r}; put quotes around it")
+    return value

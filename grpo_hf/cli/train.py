@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from datasets import Dataset, load_dataset
@@ -13,8 +14,11 @@ from peft import LoraConfig
 
 from grpo_hf.cli.recipe import RunArguments, help_text, parse
 from grpo_hf.report import write_report
+from grpo_hf.rewards import check_columns
 from grpo_hf.rewards.loading import load_function
+from grpo_hf.rollout.prompts import checked_dataset
 from grpo_hf.training.checkpoints import resume_point
+from grpo_hf.training.checks import checked_rewards
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.trainer import GRPOTrainer
 
@@ -37,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if trainer.eval_prompts:
         before = first_value(folder, headline) if checkpoint else trainer.evaluate().get(headline)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    after = trainer.evaluate().get(headline) if trainer.eval_prompts else None
+    after = last_value(trainer, headline) if trainer.eval_prompts else None
     trainer.save_model()
     if trainer.is_world_process_zero():
         if wants_report:
@@ -54,6 +58,10 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
         if sum(getattr(run, name) is not None for name in names) != 1:
             raise ValueError(f"set {names[0]} or {names[1]}, one of them")
     train, held_out = load_data(run)
+    rewards, _ = checked_rewards(run.rewards, config)
+    check_columns(rewards, checked_dataset(train, "train_dataset").column_names, "train_dataset")
+    if run.headline not in (None, *(known := [reward.name for reward in rewards])):
+        raise ValueError(f"headline={run.headline!r} is none of the rewards, which are {', '.join(known)}")
     model: Any = run.model_name_or_path
     tokenizer = None
     if run.model_function is not None:
@@ -67,7 +75,7 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
             target_modules=run.lora_target_modules,
             task_type="CAUSAL_LM",
         )
-    return GRPOTrainer(model, run.rewards, config, train, held_out, tokenizer, peft_config=peft_config)
+    return GRPOTrainer(model, list(rewards), config, train, held_out, tokenizer, peft_config=peft_config)
 
 
 def load_data(run: RunArguments) -> tuple[Dataset, Dataset | None]:
@@ -92,8 +100,13 @@ def with_prompts(rows: Dataset, run: RunArguments) -> Dataset:
     if run.prompt_template is None and run.system_prompt is None:
         return rows
     template = run.prompt_template or "{prompt}"
+    missing = {column for _, column, *_ in Formatter().parse(template) if column} - set(rows.column_names)
+    if missing:
+        raise ValueError(f"prompt_template={template!r} asks for {sorted(missing)}; the dataset has {rows.column_names}")
 
     def prompt(row: dict[str, Any]) -> dict[str, Any]:
+        if run.prompt_template is None and isinstance(row["prompt"], list):
+            return {"prompt": [{"role": "system", "content": run.system_prompt}, *row["prompt"]]}
         text = template.format(**row)
         if run.system_prompt is None:
             return {"prompt": text}
@@ -108,6 +121,13 @@ def call(spec: str, **options: Any) -> Any:
     if not colon:
         raise ValueError(f"{spec!r} names no function; write path/file.py:function or package.module:function")
     return load_function(place, attribute, spec)(**options)
+
+
+def last_value(trainer: GRPOTrainer, name: str) -> float | None:
+    """The held-out value of the weights that training ended with; measured again only if the last step did not."""
+    logged = trainer.state.log_history if not trainer.args.load_best_model_at_end else []
+    found = [entry[name] for entry in logged if name in entry and entry["step"] == trainer.state.global_step]
+    return found[-1] if found else trainer.evaluate().get(name)
 
 
 def first_value(folder: Path, name: str) -> float | None:

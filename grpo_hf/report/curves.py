@@ -220,7 +220,7 @@ def draw_panel(figure: FigureBase, panel: Panel, theme: Theme) -> None:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     figure.suptitle(_plain(panel.title), color=theme.ink, fontsize=11)
     if len(panel.curves) > 1:
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=theme.ink)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8, labelcolor=theme.ink)
 
 
 def _draw_curve(axes: Axes, label: str, c: Curve, color: str) -> None:

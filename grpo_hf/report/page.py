@@ -107,13 +107,16 @@ def read_samples(folder: Path) -> tuple[int, dict[str, list[Row]]]:
 
 
 def _read_rows(held: dict[Path, set[int]], wanted: set[int]) -> list[Row]:
-    """Rows of the wanted rollouts that have a reward, each prompt with the same completion once, the latest first."""
+    """Rows of the wanted rollouts that have a reward, the latest first; a completion that its prompt was given several
+    times is one row, with how often it came in "times"."""
     tables = [pq.read_table(file, filters=[("rollout", "in", wanted)]) for file, ids in held.items() if ids & wanted]
     if not tables:
         return []
     rows = pa.concat_tables(tables, promote_options="default").sort_by([("rollout", "descending")]).to_pylist()
-    once = {(row["prompt"], row["completion"]): row for row in reversed(rows) if _finite(row["reward"])}
-    return list(once.values())[::-1]
+    scored = [row for row in reversed(rows) if _finite(row["reward"])]
+    times = Counter((row["prompt"], row["completion"]) for row in scored)
+    once = {(row["prompt"], row["completion"]): row for row in scored}
+    return [row | {"times": times[key]} for key, row in once.items()][::-1]
 
 
 def pick_samples(rows: list[Row]) -> dict[str, list[Row]]:
@@ -129,7 +132,7 @@ def pick_samples(rows: list[Row]) -> dict[str, list[Row]]:
 def _typical(rows: list[Row], *, count: int) -> list[Row]:
     if not rows:
         return []
-    centre = median(row["reward"] for row in rows)
+    centre = median(row["reward"] for row in rows for _ in range(row.get("times", 1)))
     return _ranked(rows, lambda row: abs(row["reward"] - centre))[:count]
 
 

@@ -103,7 +103,7 @@ class Report(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write it."""
-        if state.is_world_process_zero and any("reward" in entry for entry in state.log_history):
+        if state.is_world_process_zero and any("loss" in entry for entry in state.log_history):
             print(f"report: {write_report(Path(args.output_dir))}", file=sys.stderr)
 
 
