@@ -26,8 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": BELOW_TRAINING,
     "training": BELOW_TRAINING | {"evaluation", "report"},
     "toy": {"algorithm", "reward_fns", "rewards", "report"},
-    "cli": BELOW_TRAINING | {"training", "evaluation", "report", "toy", "recipes", "grpo_hf"},
-    "recipes": BELOW_TRAINING | {"training", "evaluation", "report", "toy", "grpo_hf"},
+    "cli": BELOW_TRAINING | {"training", "evaluation", "report", "toy", "grpo_hf"},
+    "recipes": BELOW_TRAINING | {"training", "evaluation", "report", "toy", "cli", "grpo_hf"},
     "reward_fns": {"rewards", "types"},
     "grpo_hf": BELOW_TRAINING | {"training", "evaluation"},
 }

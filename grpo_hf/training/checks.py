@@ -71,6 +71,8 @@ def checked_prompts(
             f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context of "
             f"{context} positions; lower it"
         )
+    if isinstance(table, dict):
+        raise ValueError(f"{name} holds several data sets ({', '.join(table)}); give one: {name}[{next(iter(table), '')!r}]")
     table = checked_dataset(table, name)
     check_columns(rewards, table.column_names, name)
     return load_prompts(

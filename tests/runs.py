@@ -1,0 +1,62 @@
+"""What tests of whole runs share: reading a trainer's log, comparing weights, acting after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from grpo_hf import GRPOConfig, GRPOTrainer
+from tests.tiny import PROMPTS, VOCAB, even_words, tiny_model, tiny_tokenizer
+
+
+def logs(trainer: GRPOTrainer) -> list[dict[str, Any]]:
+    """The log lines of training steps."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def values(trainer: GRPOTrainer, name: str) -> list[float]:
+    """One metric, by log line."""
+    return [entry[name] for entry in logs(trainer)]
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """To the last bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def lora() -> LoraConfig:
+    """A new one each time: PEFT writes into it."""
+    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+class AfterStep(TrainerCallback):
+    """Calls a function with the trainer's state and model after every step."""
+
+    def __init__(self, function: Callable[[Any, Any], Any]):
+        self.function = function
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call it."""
+        self.function(state, kwargs["model"])
+
+
+def held_out_trainer(folder: Path, held_out: Any, *, reward: Any = even_words, **settings: Any) -> GRPOTrainer:
+    """A tiny trainer with held-out prompts."""
+    model = tiny_model()
+    model.generation_config.eos_token_id = list(range(VOCAB - 20, VOCAB))
+    quiet = {"save_rollouts": False, "write_report": False, "disable_tqdm": True, "save_strategy": "no", "report_to": "none"}
+    sizes = {"max_steps": 3, "num_generations": 4, "max_completion_length": 8, "logging_steps": 1, "learning_rate": 1e-2}
+    machine = {"use_cpu": True, "gradient_checkpointing": False}
+    args = GRPOConfig(output_dir=str(folder), **(quiet | sizes | machine | settings))
+    return GRPOTrainer(model, reward, args, PROMPTS, held_out, tiny_tokenizer())

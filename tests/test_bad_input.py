@@ -1,0 +1,290 @@
+"""What a user can get wrong: said before any weights are loaded, with the numbers and the fix; and what stops a run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import grpo_hf.training.trainer
+from grpo_hf import GRPOTrainer
+from tests.runs import AfterStep, held_out_trainer, lora, same, values, weights
+from tests.tiny import PROMPTS, even_words, tiny_model, tiny_tokenizer, tiny_trainer
+
+
+def uses_answer(completion: str, answer: str) -> float:
+    return float(completion == answer)
+
+
+def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    function.__name__ = name
+    return function
+
+
+# ---- Before any weights are loaded
+
+
+@pytest.fixture
+def model_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A saved model, whose weights nobody may load."""
+
+    def load_model(*args: Any, **options: Any) -> None:
+        pytest.fail("the weights were loaded")
+
+    monkeypatch.setattr(grpo_hf.training.trainer, "load_model", load_model)
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+LONG = {"prompt": " ".join(["w1"] * 60)}
+NO_WORDS = {"prompt": ""}
+
+BAD = {
+    "no rows": ({"train_dataset": []}, "train_dataset is empty: give at least one row with a prompt"),
+    "an empty table": ({"train_dataset": Dataset.from_dict({"prompt": []})}, "train_dataset is empty"),
+    "no dataset": ({"train_dataset": None}, "train_dataset is missing"),
+    "all splits at once": (
+        {"train_dataset": DatasetDict(train=Dataset.from_list(PROMPTS), test=Dataset.from_list(PROMPTS))},
+        r"train_dataset holds several data sets \(train, test\); give one: train_dataset\['train'\]",
+    ),
+    "no prompt column": (
+        {"train_dataset": [{"prompts": "w1", "answer": "w2"}]},
+        r"train_dataset has no column 'prompt', only \['prompts', 'answer'\]; use .*rename_column\('prompts', 'prompt'\)",
+    ),
+    "a prompt without tokens": ({"train_dataset": [*PROMPTS, NO_WORDS]}, r"1 prompts have no tokens \(rows 6\)"),
+    "a prompt of another type": ({"train_dataset": [{"prompt": 3}] * 2}, "a string or a list of chat messages, got int: 3"),
+    "chat prompts without a template": (
+        {"train_dataset": [{"prompt": [{"role": "user", "content": "w1"}]}] * 2},
+        "tokenizer.chat_template is not set",
+    ),
+    "overlong prompts": (
+        {"train_dataset": [*PROMPTS, LONG, LONG]},
+        r"2 of 8 prompts are longer than 56 tokens, which is the model's context less max_completion_length \(rows 6, 7; "
+        "the longest has 60",
+    ),
+    "nothing but overlong prompts": (
+        {"train_dataset": [LONG] * 2, "overlong_prompts": "drop"},
+        "2 of 2 prompts are longer than 56 tokens",
+    ),
+    "no room for a prompt": (
+        {"max_completion_length": 64},
+        "max_completion_length=64 leaves no room for a prompt in the model's context of 64 positions",
+    ),
+    "fewer prompts than a rollout has": (
+        {"per_device_train_batch_size": 32},
+        "train_dataset has 6 prompts, but a rollout samples 8 different ones",
+    ),
+    "no reward": ({"reward_funcs": []}, "reward_funcs is empty"),
+    "reward_funcs forgotten": ({"reward_funcs": None}, "reward_funcs is empty"),
+    "unknown reward": ({"reward_funcs": "gsm8"}, r"unknown reward 'gsm8'; known are: .*\(nearest: gsm8k\)"),
+    "reward of another form": ({"reward_funcs": len}, "neither of the parameters completion and completions"),
+    "a column that a verifier asks for": (
+        {"reward_funcs": [even_words, uses_answer], "train_dataset": [row | {"answers": "w1"} for row in PROMPTS]},
+        "the verifier 'uses_answer' asks for the column 'answer', which the train_dataset lacks; .* prompt, answers "
+        r"\(nearest: answers\)",
+    ),
+    "weights for other rewards": (
+        {"reward_weights": [1.0, 2.0]},
+        r"reward_weights has 2 numbers for 1 rewards \(even_words\); give one each",
+    ),
+    "held-out rows without a prompt": (
+        {"eval_dataset": [{"question": "w1"}]},
+        r"eval_dataset has no column 'prompt', only \['question'\]",
+    ),
+    "one of several held-out sets": ({"eval_dataset": {"a": PROMPTS, "b": []}}, "eval_dataset b is empty"),
+    "a column that held-out rows lack": (
+        {
+            "reward_funcs": uses_answer,
+            "train_dataset": [row | {"answer": "w1"} for row in PROMPTS],
+            "eval_dataset": PROMPTS,
+        },
+        "asks for the column 'answer', which the eval_dataset lacks",
+    ),
+    "reference that moves under LoRA": (
+        {"beta": 0.1, "sync_ref_model": True, "peft_config": lora()},
+        "sync_ref_model=True cannot move the reference under LoRA",
+    ),
+    "reward models": ({"reward_processing_classes": [1]}, "takes no reward_processing_classes: reward models are not part"),
+    "tools": ({"tools": [print]}, "takes no tools: completions are single-turn here"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_before_weights_load(model_path: str, tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(model_path, tmp_path, **change)
+    assert not (tmp_path / "run").exists()
+
+
+ARGUMENTS = ("reward_funcs", "train_dataset", "eval_dataset", "processing_class", "peft_config", "tools")
+
+
+def build(model: Any, folder: Path, **change: Any) -> GRPOTrainer:
+    """A trainer with these arguments and settings."""
+    good = {"reward_funcs": even_words, "train_dataset": PROMPTS, "processing_class": tiny_tokenizer()}
+    is_argument = {name: name in ARGUMENTS or name.startswith("reward_p") for name in change}
+    settings = {name: value for name, value in change.items() if not is_argument[name]}
+    sizes = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 8, "use_cpu": True}
+    args = grpo_hf.GRPOConfig(output_dir=str(folder / "run"), **(sizes | settings))
+    return GRPOTrainer(model, args=args, **(good | {name: change[name] for name in change if is_argument[name]}))
+
+
+def test_arguments_that_nobody_has(model_path: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="GRPOTrainer has no argument 'reward_punks'"):
+        build(model_path, tmp_path, reward_punks=even_words)
+    with pytest.raises(pytest.fail.Exception, match="the weights were loaded"):
+        build(model_path, tmp_path, tools=None)  # given, but not used: nothing is wrong but the fixture's weights
+
+
+def test_a_tokenizer_without_eos(model_path: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"no eos token, so no completion could end; set tokenizer\.eos_token"):
+        build(model_path, tmp_path, processing_class=tokenizer)
+
+
+def test_a_tokenizer_without_pad_gets_one_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
+    tokenizer.pad_token = None
+    with caplog.at_level(logging.WARNING):
+        trainer = tiny_trainer(tmp_path, tokenizer=tokenizer)
+    assert trainer.processing_class.pad_token == "<eos>"
+    assert "no pad token; using its eos token '<eos>'" in caplog.text
+
+
+def test_overlong_prompts_can_be_dropped_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        trainer = tiny_trainer(tmp_path, dataset=[LONG, *PROMPTS, LONG], overlong_prompts="drop")
+    assert [prompt.index for prompt in trainer.prompts] == [1, 2, 3, 4, 5, 6]
+    assert "train_dataset: dropped 2 of 8 prompts longer than 56 tokens" in caplog.text
+    trainer.train()
+
+
+# ---- Verifiers that fail in a run
+
+
+WRONG = {
+    "raises": (named(lambda completion: 1 / 0, "divides"), ZeroDivisionError, "division by zero"),
+    "one score too few": (
+        named(lambda completions, **columns: [1.0] * (len(completions) - 1), "short"),
+        ValueError,
+        "the verifier 'short' returned 7 scores for 8 completions",
+    ),
+    "no list": (
+        named(lambda completions, **columns: 1.0, "single"),
+        ValueError,
+        r"the verifier 'single' returned 1.0 \(float\); expected a list of 8 numbers",
+    ),
+    "text": (named(lambda completion: "good", "words"), ValueError, r"the verifier 'words' returned 'good' \(str\)"),
+    "infinity": (named(lambda completion: math.inf, "endless"), ValueError, r"the verifier 'endless' returned inf"),
+}
+
+
+@pytest.mark.parametrize(("verifier", "error", "message"), WRONG.values(), ids=WRONG)
+def test_a_failing_verifier_stops_the_run_under_its_name(
+    tmp_path: Path, verifier: Any, error: type[Exception], message: str
+) -> None:
+    trainer = tiny_trainer(tmp_path, reward=[even_words, verifier])
+    with pytest.raises(error, match=message) as caught:
+        trainer.train()
+    assert verifier.__name__ in "".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+
+
+def test_samples_that_no_verifier_scores_are_skipped(tmp_path: Path) -> None:
+    """NaN and None mean: does not apply. With no other score there is nothing to learn, and nothing breaks."""
+    trainer = tiny_trainer(tmp_path, reward=named(lambda completion: math.nan, "nothing"), max_steps=2)
+    before = weights(trainer.model)
+    trainer.train()
+    assert values(trainer, "frac_zero_signal_groups") == [1.0, 1.0]
+    assert values(trainer, "grad_norm") == [0.0, 0.0]
+    assert same(weights(trainer.model), before)
+
+
+# ---- Numbers that go bad
+
+
+def poison(when: int) -> AfterStep:
+    """Puts one NaN into the gradient of every backward pass after a step."""
+
+    def start(state: Any, model: nn.Module) -> None:
+        if state.global_step == when:
+            first = next(model.parameters())
+            first.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), math.nan))
+
+    return AfterStep(start)
+
+
+class PoisonWeight(AfterStep):
+    """Puts a NaN into a weight right before the forward pass of a step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            with torch.no_grad():
+                kwargs["model"].model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+
+
+def test_a_nan_gradient_stops_the_run_before_it_reaches_the_weights(tmp_path: Path) -> None:
+    for max_grad_norm in (1.0, 0.0):
+        trainer = tiny_trainer(
+            tmp_path,
+            max_steps=5,
+            max_grad_norm=max_grad_norm,
+            callbacks=[poison(2)],
+            save_strategy="steps",
+            save_steps=1,
+        )
+        with pytest.raises(
+            FloatingPointError, match="the gradient norm of step 3 is nan: not finite are 0 log-probs, 0 weig"
+        ):
+            trainer.train()
+        assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+        assert same(weights(saved), weights(trainer.model))
+        assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_a_nan_loss_stops_the_run_and_says_where_it_comes_from(tmp_path: Path) -> None:
+    stop = PoisonWeight(lambda *_: None)
+    trainer = tiny_trainer(tmp_path, max_steps=5, callbacks=[stop], save_strategy="steps", save_steps=1)
+    with pytest.raises(FloatingPointError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert message.startswith("the loss of step 3 is nan: not finite are ")
+    assert "1 weights (model.layers.0.mlp.up_proj.weight)" in message
+    assert f"the checkpoints in {tmp_path} are good" in message
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    assert all(torch.isfinite(parameter).all() for parameter in saved.parameters())
+
+
+def test_an_update_that_makes_weights_infinite_is_not_saved(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, learning_rate=1e39, save_strategy="steps", save_steps=1)
+    with pytest.raises(FloatingPointError, match=r"step 1 has made \d+ weights NaN or infinite .* learning_rate=1e\+39"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-1").exists()
+
+
+def test_a_run_goes_on_from_the_last_good_checkpoint(tmp_path: Path) -> None:
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(FloatingPointError):
+        tiny_trainer(tmp_path, callbacks=[poison(2)], **options).train()
+    resumed = tiny_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    whole = tiny_trainer(tmp_path / "whole", **options)
+    whole.train()
+    assert same(weights(resumed.model), weights(whole.model))
+
+
+def test_held_out_prompts_are_checked_too(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="eval_dataset: 1 of 2 prompts are longer than 56 tokens"):
+        held_out_trainer(tmp_path, [PROMPTS[0], LONG])
+    kept = held_out_trainer(tmp_path, [PROMPTS[0], LONG], overlong_prompts="drop")
+    assert len(kept.eval_prompts[""]) == 1

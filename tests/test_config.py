@@ -1,0 +1,296 @@
+"""GRPOConfig: TRL's names and defaults, the numbers that follow from the batch sizes, and an error for what cannot work."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import HfArgumentParser
+
+from grpo_hf import GRPOConfig
+from grpo_hf.algorithm.aggregation import Denominators
+from grpo_hf.algorithm.objective import LOSS_TYPES
+from grpo_hf.training.trl_names import TRL_ONLY
+from tests.tiny import tiny_trainer
+
+
+def config(**settings: Any) -> GRPOConfig:
+    return GRPOConfig(**({"output_dir": "unused", "use_cpu": True} | settings))
+
+
+# ---- Defaults
+
+TRL_DEFAULTS = {
+    "learning_rate": 1e-6,
+    "logging_steps": 10,
+    "gradient_checkpointing": True,
+    "num_generations": 8,
+    "num_generations_eval": None,
+    "max_completion_length": 512,
+    "shuffle_dataset": True,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+    "use_vllm": False,
+    "beta": 0.0,
+    "num_iterations": 1,
+    "epsilon": 0.2,
+    "epsilon_high": None,
+    "delta": None,
+    "sapo_temperature_pos": 1.0,
+    "sapo_temperature_neg": 1.05,
+    "importance_sampling_level": "token",
+    "reward_weights": None,
+    "scale_rewards": "group",
+    "loss_type": "dapo",
+    "mask_truncated_completions": False,
+    "use_bias_correction_kl": True,
+    "sync_ref_model": False,
+    "ref_model_mixup_alpha": 0.6,
+    "ref_model_sync_steps": 512,
+    "log_completions": False,
+    "num_completions_to_print": None,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), TRL_DEFAULTS.items(), ids=TRL_DEFAULTS)
+def test_a_shared_name_has_trls_default(name: str, value: Any) -> None:
+    assert getattr(config(), name) == value
+
+
+def test_where_a_default_is_not_trls() -> None:
+    settings = config()
+    assert settings.disable_dropout is True, "the policy that is trained is the one that sampled"
+    assert settings.bf16 is False, "on the CPU; on a GPU that has it it is on"
+    assert settings.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert settings.remove_unused_columns is False, "verifiers read the columns"
+
+
+def test_every_setting_has_a_help_text() -> None:
+    assert [item.name for item in dataclasses.fields(GRPOConfig) if not item.metadata.get("help")] == []
+
+
+def test_transformers_own_parser_takes_it() -> None:
+    """As scripts written for TRL do."""
+    arguments = ["--output_dir", "unused", "--use_cpu", "--scale_rewards", "none", "--reward_weights", "1", "0.5"]
+    arguments += ["--model_init_kwargs", '{"dtype": "bfloat16"}']
+    (parsed,) = HfArgumentParser(GRPOConfig).parse_args_into_dataclasses(arguments)
+    assert (parsed.scale_rewards, parsed.reward_weights) == ("none", [1.0, 0.5])
+    assert parsed.model_init_kwargs == {"dtype": "bfloat16"}
+
+
+# ---- Derived numbers
+
+# settings -> prompts a rollout, optimizer steps a rollout's completions make, completions of one step
+BATCHES = {
+    "default": ({}, 1, 1, 8),
+    "several groups": ({"per_device_train_batch_size": 32}, 4, 1, 32),
+    "accumulation": ({"per_device_train_batch_size": 16, "gradient_accumulation_steps": 3}, 6, 1, 48),
+    "a group over several batches": ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, 1, 1, 8),
+    "two updates a rollout": ({"steps_per_generation": 2}, 2, 2, 8),
+    "both": ({"gradient_accumulation_steps": 2, "steps_per_generation": 6}, 6, 3, 16),
+    "by completions": ({"generation_batch_size": 64, "gradient_accumulation_steps": 4}, 8, 2, 32),
+}
+
+
+@pytest.mark.parametrize(("settings", "prompts", "updates", "completions"), BATCHES.values(), ids=BATCHES)
+def test_what_batch_sizes_mean(settings: dict, prompts: int, updates: int, completions: int) -> None:
+    made = config(**settings)
+    assert (made.prompts_per_rollout, made.updates_per_rollout, made.completions_per_update) == (
+        prompts,
+        updates,
+        completions,
+    )
+    assert prompts * made.num_generations == updates * completions
+
+
+# As TRL counts: rollouts = prompts // prompts_per_rollout; each is num_iterations * steps_per_generation micro-steps, of
+# which gradient_accumulation_steps make an optimizer step. Groups of 4, batches of 8: 2 prompts a batch.
+STEPS = {
+    "one pass over 6 prompts": (6, {}, 1, 3),
+    "the odd prompt waits": (7, {}, 1, 3),
+    "accumulation": (8, {"gradient_accumulation_steps": 2}, 1, 2),
+    "iterations": (6, {"num_iterations": 2}, 1, 6),
+    "steps per generation": (8, {"steps_per_generation": 2}, 1, 4),
+    "all of them": (16, {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 3}, 1, 12),
+    "three passes": (6, {}, 3, 9),
+    "half a pass": (12, {}, 0.5, 3),
+}
+
+
+@pytest.mark.parametrize(("prompts", "settings", "epochs", "steps"), STEPS.values(), ids=STEPS)
+def test_optimizer_steps_of_a_run(tmp_path: Path, prompts: int, settings: dict, epochs: float, steps: int) -> None:
+    dataset = [{"prompt": f"w{number}"} for number in range(prompts)]
+    trainer = tiny_trainer(tmp_path, dataset=dataset, num_train_epochs=epochs, max_steps=-1, **settings)
+    made = trainer.args
+    micro_steps = prompts // made.prompts_per_rollout * made.num_iterations * (made.steps_per_generation or 1)
+    if made.steps_per_generation is None:
+        micro_steps *= made.gradient_accumulation_steps
+    assert steps == math.ceil(epochs * micro_steps / made.gradient_accumulation_steps)
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps == steps
+    assert trainer.state.epoch == pytest.approx(epochs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "form"),
+    [
+        ({}, "group"),
+        ({"scale_rewards": True}, "group"),
+        ({"scale_rewards": "batch"}, "batch"),
+        ({"scale_rewards": "none"}, "centered"),
+        ({"scale_rewards": False}, "centered"),
+        ({"advantage": "leave_one_out"}, "leave_one_out"),
+        ({"advantage": "raw", "scale_rewards": "batch"}, "raw"),
+    ],
+)
+def test_which_advantage_a_run_uses(settings: dict, form: str) -> None:
+    assert config(**settings).advantage_form == form
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_loss_type_makes_an_objective(loss_type: str, level: str) -> None:
+    """On the first update, π_θ = π_old, one more likely token of a better completion lowers the loss."""
+    bound = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
+    objective = config(loss_type=loss_type, importance_sampling_level=level, **bound).objective()
+    logprobs = torch.full((3,), -1.0, requires_grad=True)
+    loss, values = objective(
+        logprobs,
+        torch.ones(3),
+        torch.tensor([1.0, -1.0]),
+        torch.tensor([0, 0, 1]),
+        Denominators(tokens=3, sequences=2, local_tokens=3, num_processes=1, max_completion_length=4),
+        old_logprobs=logprobs.detach(),
+    )
+    loss.backward()
+    assert (logprobs.grad.sign() == torch.tensor([-1.0, -1.0, 1.0])).all()
+    assert "entropy" in values
+
+
+def test_settings_reach_the_objective() -> None:
+    settings = {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5, "beta": 0.04, "entropy_coef": 0.01, "kl_estimator": "k2"}
+    objective = config(use_bias_correction_kl=False, **settings).objective()
+    assert objective.loss_options == {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5}
+    assert (objective.beta, objective.entropy_coef, objective.kl_estimator) == (0.04, 0.01, "k2")
+    assert objective.kl_bias_correction is False
+    gate = config(loss_type="sapo", sapo_temperature_pos=2.0, sapo_temperature_neg=3.0).objective()
+    assert gate.loss_options == {"sapo_temperature_pos": 2.0, "sapo_temperature_neg": 3.0}
+
+
+# ---- Errors
+
+ERRORS = {
+    # names
+    "unknown setting": (
+        {"num_generation": 4},
+        "unknown setting 'num_generation'; did you mean num_generations or num_generations_eval",
+    ),
+    "nothing near": ({"xyzzy": 1}, r"unknown setting 'xyzzy'$"),
+    "TRL only": ({"max_prompt_length": 512}, "no setting 'max_prompt_length': use overlong_prompts='drop'"),
+    "TRL only, another way": ({"top_entropy_quantile": 0.2}, "every token counts; use entropy_coef for exploration"),
+    "loss_type": (
+        {"loss_type": "dr-grpo"},
+        "loss_type='dr-grpo' is not one of dapo, grpo, dr_grpo, .*; did you mean 'dr_grpo'",
+    ),
+    "importance_sampling_level": (
+        {"importance_sampling_level": "sequences"},
+        "is not one of token, sequence; did you mean 'sequence'",
+    ),
+    "scale_rewards": ({"scale_rewards": "groups"}, "is not one of group, batch, none; did you mean 'group'"),
+    "advantage": ({"advantage": "leave_1_out"}, "did you mean 'leave_one_out'"),
+    "kl_estimator": ({"kl_estimator": "k4"}, "kl_estimator='k4' is not one of k1, k2, k3"),
+    "token_layout": ({"token_layout": "packd"}, "is not one of auto, packed, padded; did you mean 'packed'"),
+    "overlong_prompts": ({"overlong_prompts": "cut"}, "overlong_prompts='cut' is not one of error, drop"),
+    # numbers
+    "no generations": ({"num_generations": 0}, "num_generations=0, but num_generations >= 1 is needed"),
+    "no generations in evaluation": ({"num_generations_eval": 0}, "num_generations_eval=0, but"),
+    "no iterations": ({"num_iterations": 0}, "num_iterations=0, but num_iterations >= 1 is needed"),
+    "no completion": ({"max_completion_length": 0}, "max_completion_length=0, but"),
+    "no tokens": ({"tokens_per_microbatch": 0}, "tokens_per_microbatch=0, but"),
+    "greedy training": ({"temperature": 0.0}, "temperature=0.0, but temperature > 0 is needed"),
+    "negative eval_temperature": ({"eval_temperature": -1.0}, "eval_temperature=-1.0, but eval_temperature >= 0"),
+    "top_p": ({"top_p": 0.0}, "top_p=0.0, but 0 < top_p <= 1 is needed"),
+    "top_k": ({"top_k": -1}, "top_k=-1, but top_k >= 0 is needed"),
+    "min_p": ({"min_p": 1.5}, "min_p=1.5, but 0 <= min_p <= 1 is needed"),
+    "repetition_penalty": ({"repetition_penalty": 0.0}, "repetition_penalty=0.0, but repetition_penalty > 0 is needed"),
+    "epsilon": ({"epsilon": -0.1}, "epsilon=-0.1, but epsilon >= 0 is needed"),
+    "epsilon_high": ({"epsilon_high": -0.1}, "epsilon_high=-0.1, but epsilon_high >= 0 is needed"),
+    "beta": ({"beta": -0.1}, "beta=-0.1, but beta >= 0 is needed"),
+    "delta inside the clip": ({"delta": 1.2}, "delta=1.2, but delta > 1 \\+ epsilon_high is needed"),
+    "delta inside the high clip": ({"delta": 1.2, "epsilon_high": 0.3}, "epsilon_high=0.3, delta=1.2, but"),
+    "ref_model_mixup_alpha": (
+        {"beta": 0.1, "sync_ref_model": True, "ref_model_mixup_alpha": 1.5},
+        "ref_model_mixup_alpha=1.5, but 0 <= ref_model_mixup_alpha <= 1 is needed",
+    ),
+    "ref_model_sync_steps": (
+        {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 0},
+        "ref_model_sync_steps=0, but ref_model_sync_steps >= 1 is needed",
+    ),
+    "cispo without a bound": ({"loss_type": "cispo"}, "epsilon_high=None: for loss_type='cispo' .* say 5.0"),
+    "cispo with a distance": ({"loss_type": "cispo", "epsilon_high": 0.28}, "epsilon_high=0.28: .* at least 1"),
+    # what cannot go together
+    "auto_find_batch_size": ({"auto_find_batch_size": True}, "would break up groups; lower tokens_per_microbatch"),
+    "sync_ref_model without beta": ({"sync_ref_model": True}, "needs a reference model, so beta > 0; beta is 0"),
+    # batches
+    "group of 1": (
+        {"num_generations": 1},
+        "num_generations=1 makes every 'group' advantage 0; .* set advantage to one of max_only, raw",
+    ),
+    "half a group": (
+        {"per_device_train_batch_size": 12},
+        "12 \\* 1 = 12 completions at a time, which does not hold whole groups of num_generations=8; nearest: 8 or 16",
+    ),
+    "less than a group": ({"per_device_train_batch_size": 4}, "4 \\* 1 = 4 completions .*; nearest: 8 completions"),
+    "half a group over several batches": (
+        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4},
+        "3 \\* 4 = 12 completions at a time, .*; nearest: 8 or 16",
+    ),
+    "half an optimizer step": (
+        {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
+        "steps_per_generation=6 is not a multiple of gradient_accumulation_steps=4, .*; nearest: 4 or 8",
+    ),
+    "no steps per generation": ({"steps_per_generation": 0}, "steps_per_generation=0 is not a multiple of .*; nearest: 1"),
+    "generation_batch_size": (
+        {"generation_batch_size": 20},
+        "generation_batch_size=20 is not a multiple of .* \\* processes = 8 \\* 1; nearest: 16 or 24",
+    ),
+    "the rollout's size twice": (
+        {"generation_batch_size": 16, "steps_per_generation": 2},
+        "generation_batch_size=16 and steps_per_generation=2 say the same thing twice",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), ERRORS.values(), ids=ERRORS)
+def test_what_cannot_work_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+@pytest.mark.parametrize("name", TRL_ONLY)
+def test_a_name_of_trl_that_is_not_here_says_what_to_use(name: str) -> None:
+    assert name not in {item.name for item in dataclasses.fields(GRPOConfig)}
+    with pytest.raises(ValueError, match=f"no setting '{name}': .{{10,}}"):
+        config(**{name: None})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_generations": 1, "advantage": "raw"},
+        {"num_generations": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
+        {"delta": 1.3},
+        {"delta": 1.2, "epsilon_high": 0.0},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"eval_temperature": 0.0},
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
+    ],
+    ids=str,
+)
+def test_what_can_work_is_not(settings: dict) -> None:
+    config(**settings)

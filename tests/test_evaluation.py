@@ -1,0 +1,148 @@
+"""Evaluation: held-out prompts sampled with fixed seeds, under training's metric names, without a trace in training."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from grpo_hf import GRPOTrainer
+from tests.runs import held_out_trainer, same, weights
+from tests.tiny import even_words
+
+HELD_OUT = [{"prompt": prompt} for prompt in ("w11", "w12 w13", "w14 w15 w16", "w17", "w18")]
+OTHERS = [{"prompt": "w21 w22"}]
+
+NAMES = {
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "rewards/even_words/mean",
+    "rewards/even_words/std",
+    "completions/mean_length",
+    "completions/min_length",
+    "completions/max_length",
+    "completions/mean_terminated_length",
+    "completions/min_terminated_length",
+    "completions/max_terminated_length",
+    "completions/clipped_ratio",
+}
+
+
+def right(completion: str) -> float:
+    """1 or 0: a verifier that says right or wrong."""
+    return float(even_words(completion) % 2 == 0)
+
+
+def test_metric_names_are_those_of_training(tmp_path: Path) -> None:
+    trainer = held_out_trainer(tmp_path, HELD_OUT)
+    metrics = trainer.evaluate()
+    assert set(metrics) - {"epoch"} == {f"eval_{name}" for name in NAMES}
+    assert metrics["eval_reward"] == metrics["eval_rewards/even_words/mean"] > 0
+    assert trainer.state.log_history[-1]["eval_reward"] == metrics["eval_reward"]
+    assert set(trainer.evaluate(metric_key_prefix="test")) - {"epoch"} == {f"test_{name}" for name in NAMES}
+
+
+def test_several_data_sets_have_a_prefix_each(tmp_path: Path) -> None:
+    trainer = held_out_trainer(tmp_path, {"easy": HELD_OUT, "hard": OTHERS})
+    metrics = trainer.evaluate()
+    assert set(metrics) - {"epoch"} == {f"eval_{part}_{name}" for part in ("easy", "hard") for name in NAMES}
+    alone = held_out_trainer(tmp_path, OTHERS).evaluate()
+    assert metrics["eval_hard_reward"] == alone["eval_reward"]
+
+
+def test_a_data_set_can_be_given_to_evaluate(tmp_path: Path) -> None:
+    trainer = held_out_trainer(tmp_path, None)
+    assert trainer.evaluate(HELD_OUT) == held_out_trainer(tmp_path, HELD_OUT).evaluate()
+    with pytest.raises(ValueError, match="evaluation needs an eval_dataset"):
+        trainer.evaluate()
+    with pytest.raises(ValueError, match="eval_dataset has no column 'prompt', only \\['text'\\]"):
+        trainer.evaluate([{"text": "w1"}])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_it_is_repeatable(tmp_path: Path, temperature: float) -> None:
+    """Seeds depend on the row alone, not on the batches or what was sampled before."""
+    trainer = held_out_trainer(tmp_path, HELD_OUT, eval_temperature=temperature)
+    first = trainer.evaluate()
+    trainer.stream.make(0)
+    assert trainer.evaluate() == first
+    trainer.args.per_device_eval_batch_size = 1
+    assert trainer.evaluate() == first
+    other_seed = held_out_trainer(tmp_path, HELD_OUT, eval_temperature=temperature, seed=1).evaluate()
+    assert (other_seed["eval_reward"] == first["eval_reward"]) == (temperature == 0)
+
+
+def test_bf16_is_on_before_training_too(tmp_path: Path) -> None:
+    """The same weights give the same numbers, whenever they are measured."""
+    held_out = [{"prompt": f"w{number} w{number + 1}"} for number in range(40)]
+    trainer = held_out_trainer(tmp_path, held_out, bf16=True, learning_rate=0.0, eval_temperature=0.0)
+    before = trainer.evaluate()
+    trainer.train()
+    assert trainer.evaluate() | {"epoch": 0} == before | {"epoch": 0}
+
+
+def test_greedy_samples_of_a_prompt_are_all_the_same(tmp_path: Path) -> None:
+    metrics = held_out_trainer(tmp_path, HELD_OUT, eval_temperature=0.0).evaluate()
+    assert metrics["eval_frac_reward_zero_std"] == 1.0
+
+
+def test_the_number_of_samples(tmp_path: Path) -> None:
+    scored: list[int] = []
+
+    def count(completions: list[str], **kwargs: object) -> list[float]:
+        scored.append(len(completions))
+        return [0.0] * len(completions)
+
+    settings = {"reward": count, "per_device_eval_batch_size": 8}
+    held_out_trainer(tmp_path, HELD_OUT, **settings).evaluate()
+    assert scored == [8, 8, 4], "four a prompt, as in training, in batches of completions"
+    scored.clear()
+    held_out_trainer(tmp_path, HELD_OUT, num_generations_eval=1, **settings).evaluate()
+    assert scored == [5]
+
+
+def test_pass_at_k_of_right_or_wrong(tmp_path: Path) -> None:
+    metrics = held_out_trainer(tmp_path, HELD_OUT, reward=[right, even_words]).evaluate()
+    mean, some = metrics["eval_rewards/right/mean"], metrics["eval_rewards/right/pass@4"]
+    assert 0 < mean < some <= 1
+    assert some * 5 == pytest.approx(round(some * 5)), "a share of five prompts"
+    assert not any("even_words/pass" in name for name in metrics), "it is no share"
+    once = held_out_trainer(tmp_path, HELD_OUT, reward=right, num_generations_eval=1).evaluate()
+    assert not any("pass@" in name for name in once), "pass@1 is the mean"
+
+
+def test_it_leaves_no_trace_in_training(tmp_path: Path) -> None:
+    def run(**settings: object) -> GRPOTrainer:
+        trainer = held_out_trainer(tmp_path, HELD_OUT, **settings)
+        trainer.train()
+        return trainer
+
+    plain, evaluated = run(), run(eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    assert same(weights(plain.model), weights(evaluated.model))
+    assert evaluated.model.training == plain.model.training
+    evaluations = [entry["step"] for entry in evaluated.state.log_history if "eval_reward" in entry]
+    assert evaluations == [0, 1, 2, 3]
+    for one, other in zip(*[[e for e in t.state.log_history if "loss" in e] for t in (plain, evaluated)], strict=True):
+        shared = [name for name in one if not name.startswith("time/") and name != "tokens_per_second"]
+        assert {name: other[name] for name in shared} == {name: one[name] for name in shared}
+        assert other["time/evaluate"] > 0
+
+
+def test_the_best_checkpoint_by_held_out_reward(tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "greater_is_better": True}
+    strategy = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = held_out_trainer(tmp_path, HELD_OUT, **best, **strategy)
+    trainer.train()
+    rewards = [entry["eval_reward"] for entry in trainer.state.log_history if "eval_reward" in entry]
+    assert trainer.state.best_metric == max(rewards)
+    assert trainer.evaluate()["eval_reward"] == max(rewards)
+
+
+def test_a_verifier_that_never_applies(tmp_path: Path) -> None:
+    def never(completion: str) -> None:
+        return None
+
+    metrics = held_out_trainer(tmp_path, HELD_OUT, reward=never).evaluate()
+    assert not any("reward" in name and not math.isnan(value) for name, value in metrics.items() if "frac" not in name)

@@ -1,0 +1,136 @@
+"""The transformers engine: what it samples, from which distribution, and that it leaves the model as it was."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
+
+from grpo_hf.rollout.engine import Sampling
+from grpo_hf.rollout.transformers_engine import SeededSampling, TransformersEngine, cut_at_stop
+from grpo_hf.types import Completion
+from tests.tiny import VOCAB, tiny_model
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+STOPS = tuple(range(VOCAB - 20, VOCAB))
+
+
+def sample(model, prompts, seeds, **options) -> list[list[Completion]]:
+    """The groups, in order."""
+    settings = {"max_completion_length": 6, "stop_token_ids": STOPS} | options
+    engine = TransformersEngine(model, pad_token_id=VOCAB - 2)
+    engine.sync_weights()
+    return [group for _, group in sorted(engine.sample(prompts, seeds, Sampling(**settings)), key=lambda item: item[0])]
+
+
+def ids(groups: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[completion.ids for completion in group] for group in groups]
+
+
+@torch.no_grad()
+def greedy(model, prompt: list[int], length: int) -> list[int]:
+    """One row at a time, no cache, no padding."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + length and (tokens == prompt or tokens[-1] not in STOPS):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma2"])
+def test_temperature_0_is_the_arg_max(family: str) -> None:
+    model = tiny_model(family)
+    groups = sample(model, PROMPTS, [[0]] * 3, temperature=0)
+    assert ids(groups) == [[greedy(model, prompt, 6)] for prompt in PROMPTS]
+
+
+def test_a_sample_depends_on_its_prompt_and_seed_alone() -> None:
+    """Whatever rows share its batch; and different seeds give different samples."""
+    model = tiny_model()
+    together = sample(model, PROMPTS, [[1, 2, 3], [4, 5], [6]])
+    assert ids(together) == ids(sample(model, PROMPTS, [[1, 2, 3], [4, 5], [6]]))
+    for prompt, seeds, group in zip(PROMPTS, [[1, 2, 3], [4, 5], [6]], ids(together), strict=True):
+        for seed, completion in zip(seeds, group, strict=True):
+            assert ids(sample(model, [prompt], [[seed]])) == [[completion]]
+    first = ids(together)[0]
+    assert len({tuple(completion) for completion in first}) == 3
+
+
+def kept(probabilities: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:
+    """The distribution after each filter, by definition."""
+    ordered, tokens = probabilities.sort(descending=True)
+    before = ordered.cumsum(0) - ordered  # top-p keeps a token while those before it hold less than p
+    keep = (torch.arange(len(ordered)) < (top_k or len(ordered))) & (before < top_p) & (ordered >= min_p * ordered[0])
+    return torch.zeros_like(probabilities).scatter(0, tokens, ordered * keep) / (ordered * keep).sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.5}, {"temperature": 3.0, "top_k": 5}, {"temperature": 2.0, "top_p": 0.6}, {"min_p": 0.2}],
+    ids=["plain", "temperature", "top-k", "top-p", "min-p"],
+)
+def test_frequencies_follow_the_distribution(options: dict) -> None:
+    model, draws = tiny_model(), 4000
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1]
+    filters = {name: value for name, value in options.items() if name != "temperature"}
+    expected = kept((logits / options.get("temperature", 1.0)).softmax(-1), **filters)
+    (group,) = sample(model, [PROMPTS[0]], [list(range(draws))], max_completion_length=1, **options)
+    counts = torch.tensor([completion.ids[0] for completion in group]).bincount(minlength=VOCAB)
+    assert counts[expected == 0].sum() == 0
+    possible = expected > 0
+    chi_square = ((counts - draws * expected).square() / (draws * expected))[possible].sum()
+    degrees = possible.sum() - 1
+    assert degrees > 1
+    assert chi_square < degrees + 5 * (2 * degrees) ** 0.5  # five standard deviations
+
+
+def test_a_draw_for_each_row_and_step() -> None:
+    """Inverse transform sampling: the first token whose cumulative probability exceeds the draw."""
+    draw = SeededSampling([1, 2], prompt_length=1, max_steps=3)
+    draw.draws = torch.tensor([[0.0, 0.1, 0.9], [0.49, 0.5, 0.999]], dtype=torch.float64)
+    scores = torch.tensor([[0.0, 0.25, 0.25, 0.5, 0.0]]).log().expand(2, -1)
+    for step, tokens in enumerate([[1, 2], [1, 3], [3, 3]]):
+        chosen = draw(torch.zeros(2, 1 + step, dtype=torch.long), scores)
+        assert chosen.argmax(-1).tolist() == tokens
+        assert (chosen.isfinite().sum(-1) == 1).all()
+    assert len(SeededSampling([1, 2], prompt_length=1, max_steps=3).draws.unique()) == 6
+
+
+def test_the_stop_token_is_kept_and_what_follows_is_cut() -> None:
+    assert cut_at_stop([1, 2, 9, 1, 9], (8, 9)) == Completion([1, 2, 9], truncated=False)
+    assert cut_at_stop([9], (9,)) == Completion([9], truncated=False)
+    assert cut_at_stop([1, 2, 3], (8, 9)) == Completion([1, 2, 3], truncated=True)
+
+
+def test_completions_end_at_stop_tokens_or_the_limit() -> None:
+    completions = [item for group in sample(tiny_model(), PROMPTS, [list(range(20))] * 3) for item in group]
+    assert {item.truncated for item in completions} == {True, False}
+    for item in completions:
+        assert (item.ids[-1] in STOPS) is not item.truncated
+        assert not any(token in STOPS for token in item.ids[:-1])
+        assert len(item.ids) == 6 if item.truncated else len(item.ids) <= 6
+
+
+ADAPTERS = {
+    "no adapter": None,
+    "lora": LoraConfig(r=2, target_modules=["q_proj"]),
+    "lora, causal LM": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_the_models_own_generation_defaults_stay_out_of_it_and_are_kept(adapter: LoraConfig | None) -> None:
+    """A checkpoint's defaults would sample from another distribution than the one that is trained."""
+    lm = tiny_model().train()
+    expected = ids(sample(lm, PROMPTS, [[1, 2]] * 3))
+    lm.generation_config = own = GenerationConfig(repetition_penalty=5.0, top_k=2, temperature=9.0, do_sample=True)
+    model = lm if adapter is None else get_peft_model(lm, adapter)  # type: ignore[arg-type]
+    assert ids(sample(model, PROMPTS, [[1, 2]] * 3)) == expected
+    assert lm.generation_config is own
+    assert model.generation_config is own
+    assert model.training and lm.training
+
+
+def test_repetition_penalty() -> None:
+    """All but forbids what the prompt or the completion already holds."""
+    (group,) = sample(tiny_model(), [PROMPTS[0]], [[0]], temperature=0, repetition_penalty=1e6, stop_token_ids=())
+    assert len(set(group[0].ids) | set(PROMPTS[0])) == 6 + 3
