@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from typing import Any
 
@@ -45,14 +46,23 @@ class SeededSampling(LogitsProcessor):
         draws = self.draws[:, input_ids.shape[1] - self.prompt_length].to(scores.device)
         cumulative = scores.float().softmax(-1).cumsum(-1, dtype=torch.float64)
         chosen = torch.searchsorted(cumulative, (draws * cumulative[:, -1]).unsqueeze(-1), right=True)
+        # NaN scores lie past every u; the last token stands in, and the loss, which is NaN too, stops the run.
+        chosen = chosen.clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
 
 
 class TransformersEngine:
     """The engine for machines without vLLM: one `generate` call for all prompts."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, *, pad_token_id: int):
-        self.model, self.pad_token_id = model, pad_token_id
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        *,
+        pad_token_id: int,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        # One autocast around all tokens casts the weights once; inside the model's own forward it would for each token.
+        self.model, self.pad_token_id, self.autocast = model, pad_token_id, autocast
 
     def sync_weights(self) -> None:
         """Nothing to do: the engine reads the trainer's own tensors."""
@@ -75,17 +85,18 @@ class TransformersEngine:
         lm.generation_config = GenerationConfig()
         self.model.eval()
         try:
-            output = self.model.generate(  # type: ignore[operator]
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                logits_processor=processors,
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=sampling.max_completion_length,
-                    eos_token_id=list(sampling.stop_token_ids),
-                    pad_token_id=self.pad_token_id,
-                ),
-            )
+            with self.autocast():
+                output = self.model.generate(  # type: ignore[operator]
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    logits_processor=processors,
+                    generation_config=GenerationConfig(
+                        do_sample=False,
+                        max_new_tokens=sampling.max_completion_length,
+                        eos_token_id=list(sampling.stop_token_ids),
+                        pad_token_id=self.pad_token_id,
+                    ),
+                )
         finally:
             lm.generation_config = own_defaults
             self.model.train(was_training)

@@ -26,11 +26,7 @@ from grpo_hf.packing.logprobs import batch_logprobs
 from grpo_hf.rewards import RewardSpec
 from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.planning import Peers, Plan, Update
-from grpo_hf.rollout.prompts import (
-    PromptOrder,
-    PromptSet,
-    prepare_tokenizer,
-)
+from grpo_hf.rollout.prompts import PromptOrder, PromptSet, prepare_tokenizer
 from grpo_hf.rollout.record import record_forward, record_rollout, set_aside_earlier_run, write_rollout
 from grpo_hf.rollout.sampler import GroupSampler
 from grpo_hf.rollout.stream import Rollout, RolloutStream
@@ -54,14 +50,7 @@ from grpo_hf.training.checks import (
     refuse_arguments,
 )
 from grpo_hf.training.config import GRPOConfig
-from grpo_hf.training.models import (
-    causal_lm,
-    frozen_copy,
-    load_config,
-    load_model,
-    load_tokenizer,
-    run_inside,
-)
+from grpo_hf.training.models import causal_lm, frozen_copy, load_config, load_model, load_tokenizer, run_inside
 from grpo_hf.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -164,7 +153,7 @@ class GRPOTrainer(Trainer):
             repetition_penalty=args.repetition_penalty,
         )
         self.sampler = GroupSampler(
-            engine=TransformersEngine(self.model, pad_token_id=tokenizer.pad_token_id),
+            engine=TransformersEngine(self.model, pad_token_id=tokenizer.pad_token_id, autocast=self.accelerator.autocast),
             tokenizer=tokenizer,
             rewards=self.rewards,
             reward_weights=self.reward_weights,
@@ -223,7 +212,8 @@ class GRPOTrainer(Trainer):
         if self.args.save_rollouts:
             folder = Path(str(self.args.output_dir), "rollouts")
             write_rollout(folder, rollout, step=step, process=self.peers.rank)
-        if self.args.log_completions and self.peers.rank == 0 and step % self.args.logging_steps <= 1:
+        since_log = self.state.global_step % max(1, int(self.state.logging_steps or 1))
+        if self.args.log_completions and self.peers.rank == 0 and since_log < self.stream.steps_per_rollout:
             print_samples(rollout.groups, step, self.args.num_completions_to_print or 4)
         with self.metrics.phase("logprobs"):
             for number, update in enumerate(rollout.updates):
@@ -330,7 +320,7 @@ class GRPOTrainer(Trainer):
         metrics: dict[str, float] = {}
         self.sampler.engine.sync_weights()
         # Training samples in this precision too; before it starts the model's own forward does not.
-        with self.metrics.phase("evaluate"), self.accelerator.autocast():
+        with self.metrics.phase("evaluate"):
             for name, prompts in parts.items():
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
                 measured = evaluate_prompts(
