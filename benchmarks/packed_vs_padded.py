@@ -29,8 +29,6 @@ from grpo_hf.types import Completion, Group, PackedBatch, Prompt
 SHAPES = {
     "192 / 64, equal lengths": (192, 64, False),
     "192 / 64, uneven": (192, 64, True),
-    "512 / 128, uneven": (512, 128, True),
-    "128 / 512, uneven": (128, 512, True),
 }
 """Prompt tokens / completion tokens at most; uneven: uniform between a quarter and the whole."""
 VOCABULARY, GROUPS, GROUP_SIZE, TOKENS_PER_MICROBATCH = 32_000, 4, 8, 8192
@@ -152,11 +150,16 @@ def main() -> None:
         print_peak(args.shape, args.peak)
         return
     results = {}
-    print(f"{'prompt / completion':<26}{'padded s':>9}{'packed s':>9}{'time':>7}{'cpu':>7}{'memory':>8}{'tokens':>8}  gradient")
+    print(
+        f"{'prompt / completion':<26}{'padded s':>9}{'packed s':>9}{'time':>7}{'cpu':>7}{'memory':>8}{'tokens':>8}  gradient"
+    )
     for shape in [args.shape] if args.shape else SHAPES:
         r = results[shape] = measure(shape, args.repeats)
         ratios = [r[f"padded_over_packed_{name}"] for name in ("wall_s", "cpu_s", "peak_mib", "tokens_forwarded")]
-        print(f"{shape:<26}{r['padded']['wall_s']:>9.2f}{r['packed']['wall_s']:>9.2f}{ratios[0]:>6.2f}x{ratios[1]:>6.2f}x", end="")
+        print(
+            f"{shape:<26}{r['padded']['wall_s']:>9.2f}{r['packed']['wall_s']:>9.2f}{ratios[0]:>6.2f}x{ratios[1]:>6.2f}x",
+            end="",
+        )
         print(f"{ratios[2]:>7.2f}x{ratios[3]:>7.2f}x  {r['relative_gradient_error']:.1e}", flush=True)
     weights = sum(p.numel() for p in make_model().parameters())
     setting = {"weights": weights, "torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": args.repeats}

@@ -14,6 +14,7 @@ from grpo_hf.algorithm.aggregation import AGGREGATIONS, Denominators
 from grpo_hf.algorithm.correction import correction_weights
 from grpo_hf.algorithm.kl import KL_ESTIMATORS, bias_corrected
 from grpo_hf.algorithm.losses import LEVELS, LOSSES, clip_masks
+from grpo_hf.algorithm.mismatch import mismatch
 
 LOSS_TYPES: dict[str, tuple[str, str]] = {
     "dapo": ("clipped", "token_mean"),
@@ -52,7 +53,7 @@ class Objective:
     entropy_coef: float = 0.0
     """γ, the entropy bonus; always a mean over the update's tokens, whatever the aggregation."""
     correction: Callable[..., Tokens] | None = None
-    """`correction_weights` with its options bound; None: the engine's log-probs are not used."""
+    """`correction_weights` with its options bound; None: the engine's log-probs are only measured against."""
 
     def __call__(
         self,
@@ -73,8 +74,10 @@ class Objective:
         log_ratio = LEVELS[self.level](logprobs, old_logprobs, sequence, num_sequences)
         losses = LOSSES[loss_name](logprobs, log_ratio, token_advantages, **self.loss_options)
         values = {"entropy": entropy}
-        if self.correction is not None and rollout_logprobs is not None:
-            losses = losses * self.correction(old_logprobs, rollout_logprobs, sequence, num_sequences)
+        if rollout_logprobs is not None:
+            values |= mismatch(old_logprobs, rollout_logprobs, sequence, num_sequences, self.correction)
+            if self.correction is not None:
+                losses = losses * self.correction(old_logprobs, rollout_logprobs, sequence, num_sequences)
         if self.beta and ref_logprobs is not None:
             kl = KL_ESTIMATORS[self.kl_estimator](ref_logprobs - logprobs)
             kl = bias_corrected(kl, log_ratio) if self.kl_bias_correction else kl

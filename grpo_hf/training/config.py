@@ -12,9 +12,10 @@ import torch
 from transformers import TrainingArguments
 
 from grpo_hf.algorithm.advantages import ADVANTAGES, NEEDS_A_GROUP
+from grpo_hf.algorithm.correction import CORRECTION_MODES
 from grpo_hf.algorithm.kl import KL_ESTIMATORS
 from grpo_hf.algorithm.losses import LEVELS
-from grpo_hf.algorithm.objective import LOSS_TYPES, Objective
+from grpo_hf.algorithm.objective import LOSS_TYPES, Objective, engine_correction
 from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.training.trl_names import TRL_ONLY
 
@@ -83,7 +84,16 @@ class GRPOConfig(TrainingArguments):
     top_k: int = option(0, "Sample from this many most likely tokens; 0: from all.")
     min_p: float | None = option(None, "Sample tokens at least this probable relative to the most likely one.")
     repetition_penalty: float = option(1.0, "Divides the scores of tokens already present.")
+
+    # vLLM
     use_vllm: bool = option(False, "Sample with vLLM instead of transformers.")
+    vllm_mode: str = option("colocate", "Where vLLM runs: 'colocate', in each training process.")
+    vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU's memory for vLLM.")
+    vllm_enable_sleep_mode: bool = option(False, "vLLM gives its GPU memory back while training.")
+    vllm_importance_sampling_correction: bool = option(True, "Weight the loss by trainer over engine probabilities.")
+    vllm_importance_sampling_mode: str = option("sequence_mask", f"One of {', '.join(CORRECTION_MODES)}.")
+    vllm_importance_sampling_clip_max: float | None = option(3.0, "Upper bound of that weight; None: no bound.")
+    vllm_importance_sampling_clip_min: float | None = option(None, "Lower bound of that weight; None: no bound.")
 
     # Objective
     loss_type: str = option("dapo", f"One of {', '.join(LOSS_TYPES)}.")
@@ -173,6 +183,19 @@ class GRPOConfig(TrainingArguments):
             kl_estimator=self.kl_estimator,
             kl_bias_correction=self.use_bias_correction_kl,
             entropy_coef=self.entropy_coef,
+            correction=self._correction() if self.use_vllm and self.vllm_importance_sampling_correction else None,
+        )
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """What autocast computes in; None: the model's own."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+
+    def _correction(self) -> Callable[..., Any]:
+        return engine_correction(
+            self.vllm_importance_sampling_mode,
+            self.vllm_importance_sampling_clip_min,
+            self.vllm_importance_sampling_clip_max,
         )
 
     # ---- Checks
@@ -193,6 +216,8 @@ class GRPOConfig(TrainingArguments):
             "kl_estimator": KL_ESTIMATORS,
             "token_layout": ("auto", *LAYOUTS),
             "overlong_prompts": ("error", "drop"),
+            "vllm_mode": ("colocate",),
+            "vllm_importance_sampling_mode": CORRECTION_MODES,
         }
         if self.advantage is not None:
             choices["advantage"] = ADVANTAGES
@@ -216,6 +241,11 @@ class GRPOConfig(TrainingArguments):
             "top_k >= 0": lambda c: c.top_k >= 0,
             "0 <= min_p <= 1": lambda c: c.min_p is None or 0 <= c.min_p <= 1,
             "repetition_penalty > 0": lambda c: c.repetition_penalty > 0,
+            "0 < vllm_gpu_memory_utilization <= 1": lambda c: 0 < c.vllm_gpu_memory_utilization <= 1,
+            "vllm_importance_sampling_clip_min <= vllm_importance_sampling_clip_max": lambda c: (
+                None in (c.vllm_importance_sampling_clip_min, c.vllm_importance_sampling_clip_max)
+                or c.vllm_importance_sampling_clip_min <= c.vllm_importance_sampling_clip_max
+            ),
             "epsilon >= 0": lambda c: c.epsilon >= 0,
             "epsilon_high >= 0": lambda c: c.epsilon_high is None or c.epsilon_high >= 0,
             "beta >= 0": lambda c: c.beta >= 0,
@@ -229,8 +259,6 @@ class GRPOConfig(TrainingArguments):
             if not holds(self):
                 values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in rule.split()}
                 raise ValueError(f"{', '.join(f'{k}={v}' for k, v in values.items())}, but {rule} is needed")
-        if self.use_vllm:
-            raise ValueError("use_vllm=True: this version samples with transformers only; leave use_vllm unset")
         if self.loss_type == "cispo" and (self.epsilon_high or 0) < 1:
             raise ValueError(
                 f"epsilon_high={self.epsilon_high}: for loss_type='cispo' it is the bound on the ratio itself, and a bound "

@@ -30,7 +30,7 @@ from grpo_hf.rollout.prompts import PromptOrder, PromptSet, prepare_tokenizer
 from grpo_hf.rollout.record import record_forward, record_rollout, set_aside_earlier_run, write_rollout
 from grpo_hf.rollout.sampler import GroupSampler
 from grpo_hf.rollout.stream import Rollout, RolloutStream
-from grpo_hf.rollout.transformers_engine import TransformersEngine
+from grpo_hf.rollout.vllm_support import installed_vllm
 from grpo_hf.training.callbacks import (
     FiniteWeights,
     MetricsFile,
@@ -50,10 +50,14 @@ from grpo_hf.training.checks import (
     refuse_arguments,
 )
 from grpo_hf.training.config import GRPOConfig
+from grpo_hf.training.engines import make_engine, mismatch_warning
 from grpo_hf.training.models import causal_lm, frozen_copy, load_config, load_model, load_tokenizer, run_inside
 from grpo_hf.types import PackedBatch
 
 logger = logging.get_logger(__name__)
+
+SPREAD = ("sampling/sampling_logp_difference", "sampling/importance_sampling_ratio")
+"""Per-token values that are logged with their smallest and largest."""
 
 
 class GRPOTrainer(Trainer):
@@ -86,6 +90,8 @@ class GRPOTrainer(Trainer):
         refuse_arguments(unsupported)
         args = args or GRPOConfig()
         check_reference(args, lora=peft_config is not None or isinstance(model, PeftModel))
+        if args.use_vllm:
+            installed_vllm()
         self.metrics = Metrics()
         self.rewards, self.reward_weights = checked_rewards(reward_funcs, args)
         init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
@@ -153,7 +159,15 @@ class GRPOTrainer(Trainer):
             repetition_penalty=args.repetition_penalty,
         )
         self.sampler = GroupSampler(
-            engine=TransformersEngine(self.model, pad_token_id=tokenizer.pad_token_id, autocast=self.accelerator.autocast),
+            engine=make_engine(
+                self.model,
+                args,
+                sampling=self.sampling,
+                prompts=[self.prompts, *self.eval_prompts.values()],
+                pad_token_id=tokenizer.pad_token_id,
+                finished_updates=lambda: self.state.global_step,
+                autocast=self.accelerator.autocast,
+            ),
             tokenizer=tokenizer,
             rewards=self.rewards,
             reward_weights=self.reward_weights,
@@ -265,8 +279,12 @@ class GRPOTrainer(Trainer):
 
     def _record_values(self, batch: PackedBatch, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            suffix = "_mean" if name.startswith("clip_ratio/") else ""
+            spread = name in SPREAD
+            suffix = "_mean" if name.startswith("clip_ratio/") else "/mean" if spread else ""
             self.metrics.mean(name + suffix, value.detach().sum(), len(value))
+            if spread:
+                self.metrics.minimum(f"{name}/min", value.min().item())
+                self.metrics.maximum(f"{name}/max", value.max().item())
         if "clip_ratio/low" in values:
             per_sequence = [
                 sequence_mean(values[f"clip_ratio/{side}"], batch.sequence, batch.num_sequences) for side in ("low", "high")
@@ -360,6 +378,8 @@ class GRPOTrainer(Trainer):
             measured["num_tokens"] = self.state.num_input_tokens_seen
             logs = dict(sorted((measured | logs).items(), key=lambda item: item[0] != "reward"))
             self._last_logged_step = self.state.global_step
+            if warning := mismatch_warning(measured):
+                logger.warning_once(warning)
         super().log(logs, start_time)
 
     def _claim_run_folder(self) -> None:

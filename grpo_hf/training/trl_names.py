@@ -2,7 +2,7 @@
 
 NOT_FOR_TEXT = "this trainer is for text-only models"
 ONE_WAY = "there is one path here, so nothing to choose; leave it out"
-VLLM = "vLLM is not part of this version; leave it out and transformers samples"
+NO_SERVER = "vLLM runs in the training processes here; leave it out"
 
 TRL_ONLY: dict[str, str] = {
     "trust_remote_code": "put it into model_init_kwargs={'trust_remote_code': True}",
@@ -32,21 +32,14 @@ TRL_ONLY: dict[str, str] = {
     "transformers_continuous_batching_config": ONE_WAY,
     "use_transformers_paged": ONE_WAY,
     "max_prompt_length": "use overlong_prompts='drop'; TRL has dropped this name too",
-    "vllm_mode": VLLM,
-    "vllm_model_impl": VLLM,
-    "vllm_enable_sleep_mode": VLLM,
-    "vllm_structured_outputs_regex": VLLM,
-    "vllm_server_base_url": VLLM,
-    "vllm_server_host": VLLM,
-    "vllm_server_port": VLLM,
-    "vllm_server_timeout": VLLM,
-    "vllm_group_port": VLLM,
-    "vllm_gpu_memory_utilization": VLLM,
-    "vllm_max_model_length": VLLM,
-    "vllm_tensor_parallel_size": VLLM,
-    "vllm_importance_sampling_correction": VLLM,
-    "vllm_importance_sampling_mode": VLLM,
-    "vllm_importance_sampling_clip_max": VLLM,
-    "vllm_importance_sampling_clip_min": VLLM,
-    "vllm_importance_sampling_cap": VLLM,
+    "vllm_model_impl": ONE_WAY,
+    "vllm_structured_outputs_regex": "score the form with a reward; leave it out",
+    "vllm_server_base_url": NO_SERVER,
+    "vllm_server_host": NO_SERVER,
+    "vllm_server_port": NO_SERVER,
+    "vllm_server_timeout": NO_SERVER,
+    "vllm_group_port": NO_SERVER,
+    "vllm_max_model_length": "it follows from the longest prompt and max_completion_length; leave it out",
+    "vllm_tensor_parallel_size": "each process has an engine of its own and samples its own prompts; leave it out",
+    "vllm_importance_sampling_cap": "use vllm_importance_sampling_clip_max",
 }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.invariants.one_step import gradient_of_one_step
-from tests.tiny import relative_error
+from tests.tiny import relative_error, tiny_model
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "bnpo"])
@@ -34,3 +34,10 @@ def test_without_any_signal_the_gradient_is_zeros(tmp_path: Path, keep: bool) ->
     gradient = gradient_of_one_step(tmp_path, keep_zero_signal=keep, flat_from=0)
     assert len(gradient) > 10
     assert all(torch.equal(part, torch.zeros_like(part)) for part in gradient.values())
+
+
+def test_masked_completions_leave_zeros_too(tmp_path: Path) -> None:
+    """All are cut off at two tokens and left out of the loss, whatever their advantages."""
+    settings = {"max_completion_length": 2, "mask_truncated_completions": True}
+    gradient = gradient_of_one_step(tmp_path, model=tiny_model(), **settings)
+    assert not any(bool(part.any()) for part in gradient.values())

@@ -1,0 +1,159 @@
+"""The one place where weights go from the trainer to an engine: which tensors, under which names, and of which version.
+
+An engine holds a plain causal LM. Under LoRA it gets W + s B A for each adapted layer, made out of place, one tensor at a
+time: the trainer's own W never changes, so nothing drifts however often weights are sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+NamedTensors = Iterator[tuple[str, Tensor]]
+
+Stamp = tuple[int, int]
+"""Finished updates, and how often torch has seen the trained tensors written to."""
+
+
+class StaleEngineError(RuntimeError):
+    """An engine was asked to sample from weights that are not the trainer's current ones."""
+
+
+@dataclass
+class WeightSync:
+    """Brings one engine to the trainer's current weights, and says whether it is there."""
+
+    model: nn.Module
+    """The trainer's causal LM, or the PEFT model around it."""
+    dtype: torch.dtype
+    """What the engine computes in."""
+    version: Callable[[], int]
+    """Number of finished updates."""
+    held: Stamp | None = None
+    """The weights that the engine holds; None before the first sync."""
+
+    def __post_init__(self) -> None:
+        check_adapter(self.model)
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def current(self) -> Stamp:
+        """The stamp of the trainer's weights as they are now. The second part also tells two runs of one trainer apart,
+        whose updates are both counted from 0, and weights that were loaded by hand."""
+        return self.version(), sum(parameter._version for parameter in self._trained)
+
+    def run(self, send: Callable[[NamedTensors], None]) -> bool:
+        """Give the engine what it lacks through ``send``; False when it lacks nothing."""
+        stamp = self.current()
+        if self.held == stamp:
+            return False
+        everything, self.held = self.held is None, None  # None while a sync may be half done
+        send(engine_weights(self.model, self.dtype, everything=everything))
+        self.held = stamp
+        return True
+
+    def check(self) -> None:
+        """Raise StaleEngineError unless the engine holds the trainer's weights."""
+        stamp = self.current()
+        if self.held != stamp:
+            holds = "none" if self.held is None else f"those after update {self.held[0]}"
+            raise StaleEngineError(
+                f"the engine holds other weights ({holds}) than the trainer (update {stamp[0]}); call sync_weights() first"
+            )
+
+
+def engine_weights(model: nn.Module, dtype: torch.dtype, *, everything: bool) -> NamedTensors:
+    """(name, tensor) of the causal LM as a checkpoint has it, adapters merged: everything, or what training can change.
+
+    An engine fuses layers, q, k and v say, and loads a fused layer whole or not at all. So with one trained tensor its
+    neighbours under the same parent module travel too.
+    """
+    pieces = list(_pieces(model))
+    changed = {_fused_with(piece.name) for piece in pieces if piece.trained}
+    for piece in pieces:
+        if everything or _fused_with(piece.name) in changed:
+            yield piece.name, piece.value(dtype)
+
+
+@dataclass
+class _Piece:
+    name: str
+    parameter: nn.Parameter
+    adapter: Any
+
+    @property
+    def trained(self) -> bool:
+        return self.adapter is not None or self.parameter.requires_grad
+
+    @torch.no_grad()
+    def value(self, dtype: torch.dtype) -> Tensor:
+        if self.adapter is None or not self.adapter.active_adapters:
+            return self.parameter.detach().to(dtype)
+        delta = self.adapter.get_delta_weight(self.adapter.active_adapters[0])
+        return (self.parameter.detach().float() + delta.float()).to(dtype)
+
+
+def _pieces(model: nn.Module) -> Iterator[_Piece]:
+    lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapters = {name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
+    for name, parameter in lm.named_parameters():
+        owner, _, inside = name.partition(".base_layer.")
+        if inside:
+            yield _Piece(f"{owner}.{inside}", parameter, adapters[owner] if inside == "weight" else None)
+        elif not any(name.startswith(f"{adapted}.") for adapted in _ancestors(name, adapters)):
+            yield _Piece(name, parameter, None)
+
+
+def _ancestors(name: str, among: Iterable[str]) -> list[str]:
+    parts = name.split(".")
+    return [path for size in range(1, len(parts)) if (path := ".".join(parts[:size])) in set(among)]
+
+
+def _fused_with(name: str) -> str:
+    """The module that holds the layer: what an engine fuses is always inside one; experts are fused with each other."""
+    return name.partition(".experts.")[0] if ".experts." in name else ".".join(name.split(".")[:-2])
+
+
+NOT_MERGED = {
+    "use_dora": "its magnitude is no sum of W and B A; set use_dora=False",
+    "modules_to_save": "only adapters are merged; put those layers into target_modules",
+    "target_parameters": "only adapters of whole layers are merged; use target_modules",
+    "trainable_token_indices": "only adapters are merged; put the embeddings into target_modules",
+    "lora_bias": "biases are not merged; set lora_bias=False",
+}
+"""Settings of LoraConfig that an engine cannot be given by merging, and why."""
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Raise ValueError for an adapter, or a base model, whose weights could not be sent."""
+    quantized = getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False)
+    if quantized:
+        raise ValueError("weights of a quantized model cannot be sent to vLLM; load it unquantized, or set use_vllm=False")
+    if not isinstance(model, PeftModel):
+        return
+    config = model.peft_config[model.active_adapter]
+    if not isinstance(config, LoraConfig) or len(model.active_adapters) != 1:
+        kind = f"{type(config).__name__}, {len(model.active_adapters)} adapters active"
+        raise ValueError(f"vLLM gets the weights of one LoRA adapter, not of {kind}; use one LoraConfig, or use_vllm=False")
+    for name, why in NOT_MERGED.items():
+        if getattr(config, name, None):
+            raise ValueError(
+                f"vLLM cannot sample with LoraConfig({name}={getattr(config, name)!r}): {why}, or use_vllm=False"
+            )
+    if config.bias != "none":
+        raise ValueError(f"vLLM cannot sample with LoraConfig(bias={config.bias!r}): set bias='none', or use_vllm=False")
+    _check_tied(model.get_base_model())
+
+
+def _check_tied(lm: Any) -> None:
+    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    if lm.config.get_text_config().tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
+        raise ValueError(
+            "the adapter is on the embeddings or the head, which this model ties together and vLLM keeps as one; leave "
+            "embed_tokens and lm_head out of target_modules, or set use_vllm=False"
+        )

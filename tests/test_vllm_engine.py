@@ -1,0 +1,235 @@
+"""vLLM in this process: what it samples, from which weights and distribution, and what it leaves alone."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from grpo_hf.rollout.engine import Sampling
+from grpo_hf.rollout.vllm_engine import VLLMEngine
+from grpo_hf.rollout.vllm_process import as_it_was, same_random_state
+from grpo_hf.rollout.weight_sync import StaleEngineError, WeightSync
+from grpo_hf.types import Completion
+from tests.tiny_vllm import PROMPTS, SAMPLING, SEEDS, STOPS, difference, update, vllm_model, with_lora
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TIED = {"tied": True, "untied": False}
+
+
+@pytest.fixture(scope="module")
+def engines() -> dict[str, VLLMEngine]:
+    """One engine a kind of head; a test hands it the model that it trains."""
+    return {
+        name: VLLMEngine(vllm_model(tied=tied), version=lambda: 0, sampling=SAMPLING, max_prompt_length=40)
+        for name, tied in TIED.items()
+    }
+
+
+@pytest.fixture
+def engine(engines: dict[str, VLLMEngine]) -> VLLMEngine:
+    """With the weights of a new model."""
+    serve(engines["untied"], vllm_model())
+    engines["untied"].sync_weights()
+    return engines["untied"]
+
+
+def serve(engine: VLLMEngine, model: nn.Module, version: int = 0) -> WeightSync:
+    """Let the engine take its weights from this model."""
+    engine.weights = WeightSync(model, torch.float32, lambda: version)
+    return engine.weights
+
+
+def sample(engine: VLLMEngine, sampling: Sampling = SAMPLING, prompts=PROMPTS, seeds=SEEDS) -> list[list[Completion]]:
+    """The groups, in order."""
+    groups = dict(engine.sample(prompts, seeds, sampling))
+    return [groups[number] for number in range(len(prompts))]
+
+
+def ids(groups: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[completion.ids for completion in group] for group in groups]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("head", TIED)
+def test_after_a_sync_the_engines_logprobs_are_the_trainers(engines: dict[str, VLLMEngine], head: str, lora: bool) -> None:
+    """Invariant 5, after 1, 10 and 100 updates."""
+    engine, model = engines[head], vllm_model(tied=TIED[head], seed=2)
+    model = with_lora(model) if lora else model
+    serve(engine, model)
+    base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    worst, done = 0.0, 0
+    engine.sync_weights()
+    for updates in (1, 10, 100):
+        before = sample(engine)
+        update(model, updates - done)
+        done = updates
+        with pytest.raises(StaleEngineError, match="sync_weights"):
+            sample(engine)
+        engine.sync_weights()
+        assert difference(model, PROMPTS, before, 1.0) > 0.01, "the updates changed nothing"
+        for temperature in (1.0, 0.7):
+            worst = max(
+                worst, difference(model, PROMPTS, sample(engine, replace(SAMPLING, temperature=temperature)), temperature)
+            )
+            assert worst < 1e-3, f"after {updates} updates, temperature {temperature}"
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+    print(f"\n{head}, {'lora' if lora else 'full'}: largest difference {worst:.1e}")
+
+
+def test_a_sample_depends_on_its_prompt_and_seed_alone(engine: VLLMEngine) -> None:
+    """Whatever shares its batch; and different seeds give different samples."""
+    together = ids(sample(engine))
+    assert together == ids(sample(engine))
+    for prompt, seeds, group in zip(PROMPTS, SEEDS, together, strict=True):
+        for seed, completion in zip(seeds, group, strict=True):
+            assert ids(sample(engine, prompts=[prompt], seeds=[[seed]])) == [[completion]]
+    assert len({tuple(completion) for completion in together[0]}) == 4
+
+
+def test_completions_end_at_a_stop_token_or_are_truncated(engine: VLLMEngine) -> None:
+    completions = [item for group in sample(engine, seeds=[[*range(16)]] * 3) for item in group]
+    for item in completions:
+        assert not set(item.ids[:-1]) & set(STOPS)
+        assert item.truncated == (item.ids[-1] not in STOPS)
+        assert item.truncated is False or len(item.ids) == 20
+        assert item.rollout_logprobs is not None and len(item.rollout_logprobs) == len(item.ids)
+    assert {item.truncated for item in completions} == {True, False}
+
+
+@torch.no_grad()
+def test_temperature_0_is_the_arg_max(engine: VLLMEngine) -> None:
+    lm = engine.weights.model
+    for prompt, (completion,) in zip(
+        PROMPTS, ids(sample(engine, replace(SAMPLING, temperature=0), seeds=[[0]] * 3)), strict=True
+    ):
+        logits = lm(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == completion
+
+
+def test_groups_are_handed_on_as_they_finish(engine: VLLMEngine) -> None:
+    seen = []
+    for number, completions in engine.sample(PROMPTS, [[1], [2] * 2, [*range(12)]], SAMPLING):
+        seen.append((number, len(completions), engine.llm.llm_engine.has_unfinished_requests()))
+    assert sorted(seen) == sorted([(0, 1, True), (1, 2, True), (2, 12, False)])
+
+
+def test_an_abandoned_sample_leaves_nothing_behind(engine: VLLMEngine) -> None:
+    expected = ids(sample(engine))
+    groups = engine.sample(PROMPTS, [[1], [2] * 2, [*range(12)]], SAMPLING)
+    next(groups)
+    groups.close()
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert ids(sample(engine)) == expected
+
+
+def test_a_stale_engine_is_not_sampled_from(engine: VLLMEngine) -> None:
+    weights = engine.weights
+    assert not weights.run(lambda tensors: pytest.fail("sent the same weights again"))
+    weights.version = lambda: 1
+    with pytest.raises(StaleEngineError, match=r"after update 0.*update 1"):
+        engine.sample(PROMPTS, SEEDS, SAMPLING)
+    engine.sync_weights()
+    sample(engine)
+    with torch.no_grad():  # the number of updates is the same
+        next(weights.model.parameters()).mul_(2)
+    with pytest.raises(StaleEngineError):
+        engine.sample(PROMPTS, SEEDS, SAMPLING)
+    with pytest.raises(KeyError):
+        weights.run(lambda tensors: {}["no such engine"])
+    with pytest.raises(StaleEngineError, match="none"):
+        engine.sample(PROMPTS, SEEDS, SAMPLING)
+
+
+def test_what_was_sampled_before_an_update_is_not_taken_from_the_cache(engine: VLLMEngine) -> None:
+    sample(engine)
+    update(engine.weights.model, 1)
+    engine.sync_weights()
+    after = sample(engine)
+    engine.llm.reset_prefix_cache()
+    assert ids(after) == ids(sample(engine))
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(engine: VLLMEngine) -> None:
+    with pytest.raises(ValueError, match="make 61 tokens, but vLLM was started for 60"):
+        engine.sample([[1] * 41], [[0]], SAMPLING)
+
+
+def random_state() -> tuple:
+    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+
+@pytest.fixture(scope="module")
+def filtered_engine() -> VLLMEngine:
+    """Started by a process that must not notice."""
+    sampling = replace(SAMPLING, temperature=0.7, top_k=5, top_p=0.9, min_p=0.05, repetition_penalty=1.3)
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    before = random_state(), torch.get_num_threads(), torch.set_num_threads, os.environ.get("LD_PRELOAD")
+    engine = VLLMEngine(vllm_model(seed=3), version=lambda: 0, sampling=sampling, max_prompt_length=40)
+    torch.manual_seed(5)  # vllm_model has used it
+    assert before == (random_state(), torch.get_num_threads(), torch.set_num_threads, os.environ.get("LD_PRELOAD"))
+    engine.sync_weights()
+    return engine
+
+
+def test_the_trainers_random_state_is_untouched(engine: VLLMEngine, filtered_engine: VLLMEngine) -> None:
+    before = random_state()
+    update_free = WeightSync(engine.weights.model, torch.float32, lambda: 7)
+    engine.weights = update_free
+    engine.sync_weights()
+    for _ in engine.sample(PROMPTS, SEEDS, SAMPLING):
+        assert random_state() == before
+    assert random_state() == before
+    with same_random_state(), as_it_was():
+        torch.rand(3), random.random(), np.random.rand()
+        os.environ["LOCAL_WORLD_SIZE"] = "7"
+    assert random_state() == before
+    assert os.environ.get("LOCAL_WORLD_SIZE") is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_with_filters_logprobs_are_those_before_them(filtered_engine: VLLMEngine, temperature: float) -> None:
+    """And the samples keep to the filters: top_k=5 of the temperature's own distribution, without a penalty."""
+    engine, model = filtered_engine, filtered_engine.weights.model
+    sampling = replace(SAMPLING, temperature=temperature, top_k=5)
+    groups = sample(engine, sampling)
+    assert difference(model, PROMPTS, groups, temperature) < 1e-3
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for item in group:
+            logits = model(torch.tensor([prompt + item.ids])).logits[0, len(prompt) - 1 : -1]
+            assert all(token in best for token, best in zip(item.ids, logits.topk(5).indices.tolist(), strict=True))
+
+
+@torch.no_grad()
+def test_filtered_samples_have_the_filtered_distribution(filtered_engine: VLLMEngine) -> None:
+    """One token, many seeds: frequencies against top-p of softmax(logits / T)."""
+    engine, model, temperature = filtered_engine, filtered_engine.weights.model, 0.7
+    sampling = replace(SAMPLING, max_completion_length=1, temperature=temperature, top_p=0.6)
+    (group,) = sample(engine, sampling, prompts=[PROMPTS[1]], seeds=[[*range(4000)]])
+    counts = torch.bincount(torch.tensor([item.ids[0] for item in group]), minlength=model.config.vocab_size)
+    best, order = (model(torch.tensor([PROMPTS[1]])).logits[0, -1] / temperature).softmax(-1).sort(descending=True)
+    kept = torch.zeros_like(best).scatter_(0, order, torch.where(best.cumsum(0) - best < 0.6, best, 0.0))
+    expected = kept / kept.sum()
+    assert counts[expected == 0].sum() == 0
+    assert (counts / 4000 - expected).abs().max() < 0.03
+
+
+def test_an_engine_without_filters_gives_no_logprobs_of_filtered_samples(engine: VLLMEngine) -> None:
+    """They would be those after the filters."""
+    (group,) = sample(engine, replace(SAMPLING, top_k=2), prompts=[[8]], seeds=[[1]])
+    assert group[0].rollout_logprobs is None
+
+
+def test_what_the_cpu_kernels_cannot_do_is_refused() -> None:
+    model = vllm_model()
+    model.config.head_dim = 8
+    with pytest.raises(ValueError, match="no attention for heads of size 8, only for 32"):
+        VLLMEngine(model, version=lambda: 0, sampling=SAMPLING, max_prompt_length=40)

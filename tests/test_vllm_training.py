@@ -1,0 +1,138 @@
+"""GRPO with vLLM in the training process: the trainer's invariants, its log lines, and a reward that rises.
+
+As a script under `accelerate launch` it trains a step and writes what each process has sampled, and its gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from grpo_hf.algorithm.objective import Objective
+from grpo_hf.rollout.vllm_engine import VLLMEngine
+from grpo_hf.training.trainer import GRPOTrainer
+from tests.tiny import Gradients, relative_error, tiny_trainer
+from tests.tiny_vllm import STOPS, vllm_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LORA = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+
+
+def vllm_trainer(folder: Path, **settings: Any) -> GRPOTrainer:
+    """A trainer whose groups vLLM samples."""
+    model = vllm_model(tied=True)
+    model.generation_config.eos_token_id = list(STOPS)
+    return tiny_trainer(folder, model=model, **({"use_vllm": True} | settings))
+
+
+def lines(trainer: GRPOTrainer) -> list[dict[str, float]]:
+    """The log lines of training steps."""
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_first_ratio_is_one_and_the_engine_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: bool) -> None:
+    """Invariant 4 with vLLM; and invariant 5 of every rollout, in the log lines."""
+    trainer = vllm_trainer(
+        tmp_path, max_steps=6, learning_rate=0.01, steps_per_generation=2, peft_config=LORA if lora else None
+    )
+    ratios: dict[int, list] = defaultdict(list)
+    objective = Objective.__call__
+
+    def observed(self, logprobs, *args, old_logprobs, rollout_logprobs, **options):
+        ratios[trainer.state.global_step].append((logprobs - old_logprobs).detach().exp())
+        assert (old_logprobs - rollout_logprobs).abs().max() < 1e-3
+        return objective(self, logprobs, *args, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs, **options)
+
+    monkeypatch.setattr(Objective, "__call__", observed)
+    trainer.train()
+    assert sorted(ratios) == list(range(6))
+    for step, found in ratios.items():
+        is_first = step % 2 == 0
+        assert bool((torch.cat(found) == 1).all()) is is_first
+        assert lines(trainer)[step]["clip_ratio/region_mean"] == 0 or not is_first
+    for line in lines(trainer):
+        assert 0 < line["sampling/sampling_logp_difference/mean"] <= line["sampling/sampling_logp_difference/max"] < 1e-3
+        assert 0.99 < line["sampling/importance_sampling_ratio/min"] <= line["sampling/importance_sampling_ratio/mean"]
+        assert line["sampling/importance_sampling_ratio/max"] < 1.01
+        assert abs(line["sampling/kl"]) < 1e-6
+        assert line["sampling/frac_weights_bounded"] == 0
+
+
+def test_a_correction_that_masks_everything_leaves_no_gradient(tmp_path: Path) -> None:
+    kept = Gradients()
+    trainer = vllm_trainer(tmp_path, vllm_importance_sampling_clip_max=0.5, callbacks=[kept])
+    trainer.train()
+    assert lines(trainer)[0]["sampling/frac_weights_bounded"] == 1
+    assert all(not gradient.any() for gradient in kept.steps[0].values())
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_reward_rises(tmp_path: Path, lora: bool) -> None:
+    """A fifth of the way and more towards completions of even words only; then the same trainer goes on."""
+
+    def reward(completion: str) -> float:
+        words = completion.split()
+        return sum(int(word.removeprefix("w")) % 2 == 0 for word in words) / max(len(words), 1)
+
+    settings = {"max_steps": 25, "learning_rate": 0.01, "num_generations": 8, "per_device_train_batch_size": 32}
+    trainer = vllm_trainer(tmp_path, reward=reward, peft_config=LORA if lora else None, seed=3, **settings)
+    base = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert isinstance(trainer.sampler.engine, VLLMEngine)
+    trainer.train()
+    rewards = [line["reward"] for line in lines(trainer)]
+    print(f"\n{'lora' if lora else 'full'}: reward {rewards[0]:.2f} -> {sum(rewards[-5:]) / 5:.2f}")
+    assert sum(rewards[-5:]) / 5 > rewards[0] + 0.2
+    assert all(torch.equal(p, base[name]) for name, p in trainer.model.named_parameters() if name in base)
+    trainer.evaluate([{"prompt": "w1 w2"}])
+    trainer.args.max_steps = 1
+    trainer.train()  # its updates are counted from 0 again
+    assert lines(trainer)[0]["reward"] > rewards[0] + 0.1
+
+
+def test_two_processes_sample_and_train_as_one(tmp_path: Path) -> None:
+    """The same samples and, up to the order of sums, the same gradient."""
+    command = ["-m", "tests.test_vllm_training", str(tmp_path)]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "accelerate_configs/cpu_2proc.yaml",
+        "--main_process_port",
+        "0",
+    ]
+    done = subprocess.run(
+        [sys.executable, *launch, *command], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    sampled = json.loads((tmp_path / "0.json").read_text()) + json.loads((tmp_path / "1.json").read_text())
+    alone, gradient = one_step(tmp_path, 16)
+    assert sampled == alone
+    assert relative_error(torch.load(tmp_path / "0.pt"), gradient) < 1e-4
+
+
+def one_step(folder: Path, batch: int) -> tuple[list, dict[str, torch.Tensor]]:
+    """Ids of this process's completions, and the gradient."""
+    kept = Gradients()
+    trainer = vllm_trainer(folder, callbacks=[kept], shuffle_dataset=False, per_device_train_batch_size=batch)
+    groups = []
+    on_rollout = trainer.stream.on_rollout
+    trainer.stream.on_rollout = lambda rollout: (groups.extend(rollout.groups), on_rollout(rollout))[1]
+    trainer.train()
+    return [[item.ids for item in group.completions] for group in groups], kept.steps[0]
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    completions, gradient = one_step(folder, 8)
+    rank = torch.distributed.get_rank()
+    (folder / f"{rank}.json").write_text(json.dumps(completions))
+    torch.save(gradient, folder / f"{rank}.pt")
