@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 
@@ -26,12 +28,20 @@ FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate, train, evaluate again, save, report."""
+    """Run a recipe."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or "--help" in arguments:
         print(help_text())
         return 0 if arguments else 2
-    run, config = parse(arguments)
+    run_recipe(*parse(arguments))
+    # gloo's threads abort a process that ends before they do: let go of the wrapped model, then of the process group.
+    gc.collect()
+    PartialState().destroy_process_group()
+    return 0
+
+
+def run_recipe(run: RunArguments, config: GRPOConfig) -> None:
+    """Evaluate, train, evaluate again, save, report."""
     wants_report, config.write_report = config.write_report, False  # it comes after the last evaluation
     folder = Path(str(config.output_dir))
     checkpoint = resume_point(config.resume_from_checkpoint, folder)
@@ -49,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if before is not None and after is not None:
             held_out = sum(map(len, trainer.eval_prompts.values()))
             print(f"{headline.split('/')[1]} {before:.3f} -> {after:.3f} held-out {held_out}")
-    return 0
 
 
 def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:

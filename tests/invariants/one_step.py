@@ -6,6 +6,7 @@ writes process 0's gradients to FOLDER/gradients.pt.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -48,4 +49,7 @@ if __name__ == "__main__":
     gradients = [gradient_of_one_step(folder, **settings) for settings in json.loads((folder / "settings.json").read_text())]
     if torch.distributed.get_rank() == 0:
         torch.save(gradients, folder / "gradients.pt")
-    torch.distributed.destroy_process_group()  # an exit that leaves it to the interpreter aborts now and then
+    # gloo's threads drop the last results in their own time; when that is after the interpreter has begun to end, they
+    # abort the process. So end them first: let go of the wrapped models, which hold the process group, then of the group.
+    gc.collect()
+    torch.distributed.destroy_process_group()
