@@ -21,8 +21,8 @@ from grpo_hf.algorithm.logits import entropy as entropy_of
 from grpo_hf.algorithm.logits import token_logprobs
 from grpo_hf.types import PackedBatch
 
-LOGITS_PER_CHUNK = 2**22
-"""Logits held at a time: 16 MiB in float32."""
+LOGITS_PER_CHUNK = 2**23
+"""Logits held at a time: 32 MiB in float32."""
 
 LOGIT_TRANSFORMS: dict[str, Callable[[float, Tensor], Tensor]] = {
     "final_logit_softcapping": lambda cap, logits: cap * torch.tanh(logits / cap),
