@@ -337,7 +337,6 @@ class GRPOTrainer(Trainer):
         temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
         metrics: dict[str, float] = {}
         self.sampler.engine.sync_weights()
-        # Training samples in this precision too; before it starts the model's own forward does not.
         with self.metrics.phase("evaluate"):
             for name, prompts in parts.items():
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
