@@ -14,6 +14,22 @@ from transformers import TrainerCallback
 from grpo_hf import GRPOConfig, GRPOTrainer
 from tests.tiny import PROMPTS, VOCAB, even_words, tiny_model, tiny_tokenizer
 
+SAMPLE_NAMES = {
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "rewards/even_words/mean",
+    "rewards/even_words/std",
+    "completions/mean_length",
+    "completions/min_length",
+    "completions/max_length",
+    "completions/mean_terminated_length",
+    "completions/min_terminated_length",
+    "completions/max_terminated_length",
+    "completions/clipped_ratio",
+}
+"""TRL's names of what training and evaluation log of their samples, with the verifier even_words."""
+
 
 def logs(trainer: GRPOTrainer) -> list[dict[str, Any]]:
     """The log lines of training steps."""

@@ -8,26 +8,11 @@ from pathlib import Path
 import pytest
 
 from grpo_hf import GRPOTrainer
-from tests.runs import held_out_trainer, same, weights
+from tests.runs import SAMPLE_NAMES, held_out_trainer, same, weights
 from tests.tiny import even_words
 
 HELD_OUT = [{"prompt": prompt} for prompt in ("w11", "w12 w13", "w14 w15 w16", "w17", "w18")]
 OTHERS = [{"prompt": "w21 w22"}]
-
-NAMES = {
-    "reward",
-    "reward_std",
-    "frac_reward_zero_std",
-    "rewards/even_words/mean",
-    "rewards/even_words/std",
-    "completions/mean_length",
-    "completions/min_length",
-    "completions/max_length",
-    "completions/mean_terminated_length",
-    "completions/min_terminated_length",
-    "completions/max_terminated_length",
-    "completions/clipped_ratio",
-}
 
 
 def right(completion: str) -> float:
@@ -38,16 +23,16 @@ def right(completion: str) -> float:
 def test_metric_names_are_those_of_training(tmp_path: Path) -> None:
     trainer = held_out_trainer(tmp_path, HELD_OUT)
     metrics = trainer.evaluate()
-    assert set(metrics) - {"epoch"} == {f"eval_{name}" for name in NAMES}
+    assert set(metrics) - {"epoch"} == {f"eval_{name}" for name in SAMPLE_NAMES}
     assert metrics["eval_reward"] == metrics["eval_rewards/even_words/mean"] > 0
     assert trainer.state.log_history[-1]["eval_reward"] == metrics["eval_reward"]
-    assert set(trainer.evaluate(metric_key_prefix="test")) - {"epoch"} == {f"test_{name}" for name in NAMES}
+    assert set(trainer.evaluate(metric_key_prefix="test")) - {"epoch"} == {f"test_{name}" for name in SAMPLE_NAMES}
 
 
 def test_several_data_sets_have_a_prefix_each(tmp_path: Path) -> None:
     trainer = held_out_trainer(tmp_path, {"easy": HELD_OUT, "hard": OTHERS})
     metrics = trainer.evaluate()
-    assert set(metrics) - {"epoch"} == {f"eval_{part}_{name}" for part in ("easy", "hard") for name in NAMES}
+    assert set(metrics) - {"epoch"} == {f"eval_{part}_{name}" for part in ("easy", "hard") for name in SAMPLE_NAMES}
     alone = held_out_trainer(tmp_path, OTHERS).evaluate()
     assert metrics["eval_hard_reward"] == alone["eval_reward"]
 

@@ -11,22 +11,10 @@ import pytest
 from transformers import TrainerCallback
 
 from grpo_hf import GRPOTrainer
-from tests.runs import logs, values
+from tests.runs import SAMPLE_NAMES, logs, values
 from tests.tiny import even_words, tiny_trainer
 
-TRL_NAMES = {
-    "reward",
-    "reward_std",
-    "frac_reward_zero_std",
-    "rewards/even_words/mean",
-    "rewards/even_words/std",
-    "completions/mean_length",
-    "completions/min_length",
-    "completions/max_length",
-    "completions/mean_terminated_length",
-    "completions/min_terminated_length",
-    "completions/max_terminated_length",
-    "completions/clipped_ratio",
+TRL_NAMES = SAMPLE_NAMES | {
     "entropy",
     "clip_ratio/low_mean",
     "clip_ratio/low_min",
@@ -241,3 +229,15 @@ def test_users_callbacks_see_every_metric(tmp_path: Path) -> None:
 
     tiny_trainer(tmp_path, callbacks=[See()]).train()
     assert seen[0].keys() >= TRL_NAMES | OUR_NAMES
+
+
+def test_verifiers_are_handed_the_running_trainers_state(tmp_path: Path) -> None:
+    """Of the run that is going on, not of the trainer before it."""
+    steps = []
+
+    def reward(completion: str, trainer_state: object) -> float:
+        steps.append(trainer_state.global_step)  # type: ignore[attr-defined]
+        return even_words(completion)
+
+    tiny_trainer(tmp_path, reward=reward, max_steps=2).train()
+    assert sorted(set(steps)) == [0, 1]

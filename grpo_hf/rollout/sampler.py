@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +28,8 @@ class GroupSampler:
     """One a verifier."""
     metrics: Metrics = field(default_factory=Metrics)
     """Where the times go."""
-    trainer_state: Any = None
-    """Handed to verifiers that ask for it."""
+    trainer_state: Callable[[], Any] = lambda: None
+    """Gives what verifiers that ask for it are handed: Trainer makes a new state when training starts."""
 
     def sample(self, prompts: list[Prompt], seeds: list[list[int]], sampling: Sampling) -> list[Group]:
         """One scored group a prompt, with one completion for each of its seeds."""
@@ -44,7 +45,7 @@ class GroupSampler:
                 self.rewards,
                 self.reward_weights,
                 groups,
-                trainer_state=self.trainer_state,
+                trainer_state=self.trainer_state(),
                 log_metric=lambda name, value: self.metrics.mean(name, value),
             )
         return groups

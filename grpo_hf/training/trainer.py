@@ -172,6 +172,7 @@ class GRPOTrainer(Trainer):
             rewards=self.rewards,
             reward_weights=self.reward_weights,
             metrics=self.metrics,
+            trainer_state=lambda: self.state,
         )
         seed = args.seed if args.data_seed is None else args.data_seed
         return RolloutStream(
