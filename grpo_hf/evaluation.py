@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from grpo_hf.algorithm.pass_at_k import pass_at_k
@@ -31,10 +33,11 @@ def evaluate_prompts(
     rows = range(peers.rank, len(prompts), peers.count)
     share = max(1, batch_size // num_generations)
     groups: list[Group] = []
-    for start in range(0, len(rows), share):
+    # Every process samples as often as the one with the most rows: an engine may have to wait for all of them.
+    for start in range(0, math.ceil(len(prompts) / peers.count), share):
         part = rows[start : start + share]
-        seeds = [[derived_seed(seed, "eval", row, n) for n in range(num_generations)] for row in part]
-        groups += sampler.sample([prompts[row] for row in part], seeds, sampling)
+        seeds = [derived_seed(seed, "eval", row) for row in part]
+        groups += sampler.sample([prompts[row] for row in part], seeds, num_generations, sampling)
     metrics = Metrics()
     everyone = summarize_all(groups, peers)
     record_groups(metrics, everyone)

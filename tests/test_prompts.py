@@ -133,8 +133,8 @@ def test_without_shuffling_the_datasets_order() -> None:
 
 
 def test_derived_seeds() -> None:
-    """The same on every machine, 63 bits, and a matter of the parts' places as well as their values."""
-    assert derived_seed(0, "sample", 1, 2, 3) == 9152348080681970163
+    """The same on every machine, 62 bits, and a matter of the parts' places as well as their values."""
+    assert derived_seed(0, "sample", 1, 2, 3) == 4576174040340985081
     seeds = [derived_seed(1, 23), derived_seed(12, 3), derived_seed(1, 2, 3), derived_seed(0), derived_seed(1)]
     assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert all(0 <= seed < 2**62 for seed in seeds)

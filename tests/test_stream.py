@@ -32,10 +32,16 @@ class FakeEngine:
         self.syncs += 1
 
     def sample(
-        self, prompts: list[list[int]], seeds: list[list[int]], sampling: Sampling
+        self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling
     ) -> Iterator[tuple[int, list[Completion]]]:
         for number in reversed(range(len(prompts))):  # groups finish in any order
-            yield number, [Completion([seed % 89, *[90] * (seed % 3)], truncated=False) for seed in seeds[number]]
+            yield (
+                number,
+                [
+                    Completion([(seeds[number] + n) % 89, *[90] * ((seeds[number] + n) % 3)], truncated=False)
+                    for n in range(num_generations)
+                ],
+            )
 
 
 class Run:
@@ -103,9 +109,9 @@ def test_groups_are_scored_and_in_the_order_of_the_prompts() -> None:
     run = Run()
     rollout = run.stream.make(0)
     prompts, seeds = run.stream.draw(0)
-    for group, prompt, group_seeds in zip(rollout.groups, prompts, seeds, strict=True):
+    for group, prompt, seed in zip(rollout.groups, prompts, seeds, strict=True):
         assert group.prompt == prompt
-        assert [completion.ids[0] for completion in group.completions] == [seed % 89 for seed in group_seeds]
+        assert [completion.ids[0] for completion in group.completions] == [(seed + n) % 89 for n in range(4)]
         for completion in group.completions:
             assert completion.text.split()[0] == f"w{completion.ids[0]}"
             assert completion.reward == even_words(completion.text)
@@ -122,7 +128,7 @@ def test_two_processes_share_the_prompts_and_seeds_of_one() -> None:
     halves = [Run(peers=Peers(rank, 2, lambda item: [item])).stream.draw(2) for rank in (0, 1)]
     assert [part for half in halves for part in half[0]] == prompts
     assert [part for half in halves for part in half[1]] == seeds
-    assert len({seed for group in seeds for seed in group}) == 8
+    assert len({seed + n for seed in seeds for n in range(4)}) == 8
 
 
 @pytest.mark.parametrize(("updates", "iterations", "accumulation"), [(1, 1, 1), (2, 2, 1), (4, 1, 2)])
@@ -164,3 +170,32 @@ def test_state_keeps_what_the_first_pass_left_behind() -> None:
     (again,) = loaded.updates[0].microbatches
     assert torch.equal(again.old_logprobs, batch.old_logprobs)
     assert again.prefix_layout.block_masks == {}
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_ahead_by_one(updates: int) -> None:
+    """The next rollout has the weights from before this one is trained on; the prompts and seeds are the same as ever."""
+    run, plain, versions = Run(updates=updates, rollout_ahead=1, max_updates=lambda: 3 * updates), Run(updates=updates), []
+    for item in run.epoch():
+        rollout = run.stream.rollout
+        assert rollout is not None
+        versions.append(run.finished - rollout.version)
+        ahead = run.stream.ahead
+        assert (ahead is None) is (rollout.index == 2)  # the run ends there
+        assert ahead is None or (ahead.index, ahead.version) == (rollout.index + 1, rollout.index * updates)
+    assert versions == [*range(updates), *[updates + n for n in range(updates)] * 2]
+    assert run.engine.syncs == 3
+    assert [tokens(item) for item in Run(updates=updates, rollout_ahead=1).epoch()] == [tokens(i) for i in plain.epoch()]
+
+
+def test_a_checkpoint_holds_what_was_sampled_ahead() -> None:
+    run = Run(rollout_ahead=1)
+    expected, states = [], []
+    for item in run.epoch():
+        states.append(pickle.dumps(run.stream.state_dict()))
+        expected.append(tokens(item))
+    resumed = Run(rollout_ahead=1, finished=1)
+    resumed.stream.load_state_dict(pickle.loads(states[0]))
+    resumed.engine.syncs = 7
+    assert [tokens(item) for item in resumed.epoch()] == expected[1:]
+    assert resumed.engine.syncs == 9  # rollout 2's and, of the next pass, rollout 3's

@@ -8,18 +8,18 @@ from transformers import GenerationConfig
 from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.transformers_engine import SeededSampling, TransformersEngine, cut_at_stop
 from grpo_hf.types import Completion
-from tests.tiny import VOCAB, tiny_model
+from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 STOPS = tuple(range(VOCAB - 20, VOCAB))
 
 
-def sample(model, prompts, seeds, **options) -> list[list[Completion]]:
+def sample(model, prompts, seeds, n: int = 1, **options) -> list[list[Completion]]:
     """The groups, in order."""
     settings = {"max_completion_length": 6, "stop_token_ids": STOPS} | options
-    engine = TransformersEngine(model, pad_token_id=VOCAB - 2)
+    engine = TransformersEngine(model, pad_token_id=VOCAB - 2, tokenizer=tiny_tokenizer())
     engine.sync_weights()
-    return [group for _, group in sorted(engine.sample(prompts, seeds, Sampling(**settings)), key=lambda item: item[0])]
+    return [group for _, group in sorted(engine.sample(prompts, seeds, n, Sampling(**settings)), key=lambda item: item[0])]
 
 
 def ids(groups: list[list[Completion]]) -> list[list[list[int]]]:
@@ -38,18 +38,18 @@ def greedy(model, prompt: list[int], length: int) -> list[int]:
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma2"])
 def test_temperature_0_is_the_arg_max(family: str) -> None:
     model = tiny_model(family)
-    groups = sample(model, PROMPTS, [[0]] * 3, temperature=0)
+    groups = sample(model, PROMPTS, [0] * 3, temperature=0)
     assert ids(groups) == [[greedy(model, prompt, 6)] for prompt in PROMPTS]
 
 
 def test_a_sample_depends_on_its_prompt_and_seed_alone() -> None:
     """Whatever rows share its batch; and different seeds give different samples."""
     model = tiny_model()
-    together = sample(model, PROMPTS, [[1, 2, 3], [4, 5], [6]])
-    assert ids(together) == ids(sample(model, PROMPTS, [[1, 2, 3], [4, 5], [6]]))
-    for prompt, seeds, group in zip(PROMPTS, [[1, 2, 3], [4, 5], [6]], ids(together), strict=True):
-        for seed, completion in zip(seeds, group, strict=True):
-            assert ids(sample(model, [prompt], [[seed]])) == [[completion]]
+    together = sample(model, PROMPTS, [1, 4, 7], n=3)
+    assert ids(together) == ids(sample(model, PROMPTS, [1, 4, 7], n=3))
+    for prompt, seed, group in zip(PROMPTS, [1, 4, 7], ids(together), strict=True):
+        for n, completion in enumerate(group):
+            assert ids(sample(model, [prompt], [seed + n])) == [[completion]]
     first = ids(together)[0]
     assert len({tuple(completion) for completion in first}) == 3
 
@@ -73,7 +73,7 @@ def test_frequencies_follow_the_distribution(options: dict) -> None:
         logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1]
     filters = {name: value for name, value in options.items() if name != "temperature"}
     expected = kept((logits / options.get("temperature", 1.0)).softmax(-1), **filters)
-    (group,) = sample(model, [PROMPTS[0]], [list(range(draws))], max_completion_length=1, **options)
+    (group,) = sample(model, [PROMPTS[0]], [0], n=draws, max_completion_length=1, **options)
     counts = torch.tensor([completion.ids[0] for completion in group]).bincount(minlength=VOCAB)
     assert counts[expected == 0].sum() == 0
     possible = expected > 0
@@ -102,7 +102,7 @@ def test_the_stop_token_is_kept_and_what_follows_is_cut() -> None:
 
 
 def test_completions_end_at_stop_tokens_or_the_limit() -> None:
-    completions = [item for group in sample(tiny_model(), PROMPTS, [list(range(20))] * 3) for item in group]
+    completions = [item for group in sample(tiny_model(), PROMPTS, [0] * 3, n=20) for item in group]
     assert {item.truncated for item in completions} == {True, False}
     for item in completions:
         assert (item.ids[-1] in STOPS) is not item.truncated
@@ -121,10 +121,10 @@ ADAPTERS = {
 def test_the_models_own_generation_defaults_stay_out_of_it_and_are_kept(adapter: LoraConfig | None) -> None:
     """A checkpoint's defaults would sample from another distribution than the one that is trained."""
     lm = tiny_model().train()
-    expected = ids(sample(lm, PROMPTS, [[1, 2]] * 3))
+    expected = ids(sample(lm, PROMPTS, [1] * 3, n=2))
     lm.generation_config = own = GenerationConfig(repetition_penalty=5.0, top_k=2, temperature=9.0, do_sample=True)
     model = lm if adapter is None else get_peft_model(lm, adapter)  # type: ignore[arg-type]
-    assert ids(sample(model, PROMPTS, [[1, 2]] * 3)) == expected
+    assert ids(sample(model, PROMPTS, [1] * 3, n=2)) == expected
     assert lm.generation_config is own
     assert model.generation_config is own
     assert model.training and lm.training
@@ -132,5 +132,22 @@ def test_the_models_own_generation_defaults_stay_out_of_it_and_are_kept(adapter:
 
 def test_repetition_penalty() -> None:
     """All but forbids what the prompt or the completion already holds."""
-    (group,) = sample(tiny_model(), [PROMPTS[0]], [[0]], temperature=0, repetition_penalty=1e6, stop_token_ids=())
+    (group,) = sample(tiny_model(), [PROMPTS[0]], [0], temperature=0, repetition_penalty=1e6, stop_token_ids=())
     assert len(set(group[0].ids) | set(PROMPTS[0])) == 6 + 3
+
+
+def test_stop_strings_end_a_completion_with_the_token_that_completes_them() -> None:
+    """The tokenizer's words are "w0", "w1", ...: "w4" ends w4 and all of w40 to w49."""
+    free = [item for group in sample(tiny_model(), PROMPTS, [0] * 3, n=20) for item in group]
+    ended = [item for group in sample(tiny_model(), PROMPTS, [0] * 3, n=20, stop_strings=("w4", "w7")) for item in group]
+    stops = {token for token in range(VOCAB) if str(token)[0] in "47"}
+    for before, after in zip(free, ended, strict=True):
+        first = next((place for place, token in enumerate(before.ids) if token in stops), None)
+        assert after.ids == before.ids[: None if first is None else first + 1]
+        assert after.truncated is (before.truncated and first is None)
+    assert any(before.truncated and not after.truncated for before, after in zip(free, ended, strict=True))
+
+
+def test_structured_outputs_are_refused() -> None:
+    with pytest.raises(ValueError, match="need vLLM"):
+        sample(tiny_model(), PROMPTS, [0] * 3, regex="w1+")

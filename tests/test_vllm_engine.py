@@ -45,9 +45,9 @@ def serve(engine: VLLMEngine, model: nn.Module, version: int = 0) -> WeightSync:
     return engine.weights
 
 
-def sample(engine: VLLMEngine, sampling: Sampling = SAMPLING, prompts=PROMPTS, seeds=SEEDS) -> list[list[Completion]]:
+def sample(engine: VLLMEngine, sampling: Sampling = SAMPLING, prompts=PROMPTS, seeds=SEEDS, n=4) -> list[list[Completion]]:
     """The groups, in order."""
-    groups = dict(engine.sample(prompts, seeds, sampling))
+    groups = dict(engine.sample(prompts, seeds, n, sampling))
     return [groups[number] for number in range(len(prompts))]
 
 
@@ -86,14 +86,14 @@ def test_a_sample_depends_on_its_prompt_and_seed_alone(engine: VLLMEngine) -> No
     """Whatever shares its batch; and different seeds give different samples."""
     together = ids(sample(engine))
     assert together == ids(sample(engine))
-    for prompt, seeds, group in zip(PROMPTS, SEEDS, together, strict=True):
-        for seed, completion in zip(seeds, group, strict=True):
-            assert ids(sample(engine, prompts=[prompt], seeds=[[seed]])) == [[completion]]
+    for prompt, seed, group in zip(PROMPTS, SEEDS, together, strict=True):
+        for n, completion in enumerate(group):
+            assert ids(sample(engine, prompts=[prompt], seeds=[seed + n], n=1)) == [[completion]]
     assert len({tuple(completion) for completion in together[0]}) == 4
 
 
 def test_completions_end_at_a_stop_token_or_are_truncated(engine: VLLMEngine) -> None:
-    completions = [item for group in sample(engine, seeds=[[*range(16)]] * 3) for item in group]
+    completions = [item for group in sample(engine, seeds=[0] * 3, n=16) for item in group]
     for item in completions:
         assert not set(item.ids[:-1]) & set(STOPS)
         assert item.truncated == (item.ids[-1] not in STOPS)
@@ -106,7 +106,7 @@ def test_completions_end_at_a_stop_token_or_are_truncated(engine: VLLMEngine) ->
 def test_temperature_0_is_the_arg_max(engine: VLLMEngine) -> None:
     lm = engine.weights.model
     for prompt, (completion,) in zip(
-        PROMPTS, ids(sample(engine, replace(SAMPLING, temperature=0), seeds=[[0]] * 3)), strict=True
+        PROMPTS, ids(sample(engine, replace(SAMPLING, temperature=0), seeds=[0] * 3, n=1)), strict=True
     ):
         logits = lm(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         assert logits.argmax(-1).tolist() == completion
@@ -114,14 +114,15 @@ def test_temperature_0_is_the_arg_max(engine: VLLMEngine) -> None:
 
 def test_groups_are_handed_on_as_they_finish(engine: VLLMEngine) -> None:
     seen = []
-    for number, completions in engine.sample(PROMPTS, [[1], [2] * 2, [*range(12)]], SAMPLING):
+    for number, completions in engine.sample(PROMPTS, SEEDS, 4, SAMPLING):
         seen.append((number, len(completions), engine.llm.llm_engine.has_unfinished_requests()))
-    assert sorted(seen) == sorted([(0, 1, True), (1, 2, True), (2, 12, False)])
+    assert sorted(number for number, _, _ in seen) == [0, 1, 2]
+    assert [(size, going_on) for _, size, going_on in seen] == [(4, True), (4, True), (4, False)]
 
 
 def test_an_abandoned_sample_leaves_nothing_behind(engine: VLLMEngine) -> None:
     expected = ids(sample(engine))
-    groups = engine.sample(PROMPTS, [[1], [2] * 2, [*range(12)]], SAMPLING)
+    groups = engine.sample(PROMPTS, SEEDS, 4, SAMPLING)
     next(groups)
     groups.close()
     assert not engine.llm.llm_engine.has_unfinished_requests()
@@ -130,20 +131,20 @@ def test_an_abandoned_sample_leaves_nothing_behind(engine: VLLMEngine) -> None:
 
 def test_a_stale_engine_is_not_sampled_from(engine: VLLMEngine) -> None:
     weights = engine.weights
-    assert not weights.run(lambda tensors: pytest.fail("sent the same weights again"))
+    assert not weights.run(lambda tensors: pytest.fail("sent the same weights again"), pytest.fail)
     weights.version = lambda: 1
     with pytest.raises(StaleEngineError, match=r"after update 0.*update 1"):
-        engine.sample(PROMPTS, SEEDS, SAMPLING)
+        engine.sample(PROMPTS, SEEDS, 4, SAMPLING)
     engine.sync_weights()
     sample(engine)
     with torch.no_grad():  # the number of updates is the same
         next(weights.model.parameters()).mul_(2)
     with pytest.raises(StaleEngineError):
-        engine.sample(PROMPTS, SEEDS, SAMPLING)
+        engine.sample(PROMPTS, SEEDS, 4, SAMPLING)
     with pytest.raises(KeyError):
-        weights.run(lambda tensors: {}["no such engine"])
+        weights.run(lambda tensors: {}["no such engine"], pytest.fail)
     with pytest.raises(StaleEngineError, match="none"):
-        engine.sample(PROMPTS, SEEDS, SAMPLING)
+        engine.sample(PROMPTS, SEEDS, 4, SAMPLING)
 
 
 def test_what_was_sampled_before_an_update_is_not_taken_from_the_cache(engine: VLLMEngine) -> None:
@@ -157,7 +158,7 @@ def test_what_was_sampled_before_an_update_is_not_taken_from_the_cache(engine: V
 
 def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(engine: VLLMEngine) -> None:
     with pytest.raises(ValueError, match="make 61 tokens, but vLLM was started for 60"):
-        engine.sample([[1] * 41], [[0]], SAMPLING)
+        engine.sample([[1] * 41], [0], 1, SAMPLING)
 
 
 def random_state() -> tuple:
@@ -184,7 +185,7 @@ def test_the_trainers_random_state_is_untouched(engine: VLLMEngine, filtered_eng
     update_free = WeightSync(engine.weights.model, torch.float32, lambda: 7)
     engine.weights = update_free
     engine.sync_weights()
-    for _ in engine.sample(PROMPTS, SEEDS, SAMPLING):
+    for _ in engine.sample(PROMPTS, SEEDS, 4, SAMPLING):
         assert random_state() == before
     assert random_state() == before
     with same_random_state(), as_it_was():
@@ -213,7 +214,7 @@ def test_filtered_samples_have_the_filtered_distribution(filtered_engine: VLLMEn
     """One token, many seeds: frequencies against top-p of softmax(logits / T)."""
     engine, model, temperature = filtered_engine, filtered_engine.weights.model, 0.7
     sampling = replace(SAMPLING, max_completion_length=1, temperature=temperature, top_p=0.6)
-    (group,) = sample(engine, sampling, prompts=[PROMPTS[1]], seeds=[[*range(4000)]])
+    (group,) = sample(engine, sampling, prompts=[PROMPTS[1]], seeds=[0], n=4000)
     counts = torch.bincount(torch.tensor([item.ids[0] for item in group]), minlength=model.config.vocab_size)
     best, order = (model(torch.tensor([PROMPTS[1]])).logits[0, -1] / temperature).softmax(-1).sort(descending=True)
     kept = torch.zeros_like(best).scatter_(0, order, torch.where(best.cumsum(0) - best < 0.6, best, 0.0))
@@ -224,7 +225,7 @@ def test_filtered_samples_have_the_filtered_distribution(filtered_engine: VLLMEn
 
 def test_an_engine_without_filters_gives_no_logprobs_of_filtered_samples(engine: VLLMEngine) -> None:
     """They would be those after the filters."""
-    (group,) = sample(engine, replace(SAMPLING, top_k=2), prompts=[[8]], seeds=[[1]])
+    (group,) = sample(engine, replace(SAMPLING, top_k=2), prompts=[[8]], seeds=[1], n=1)
     assert group[0].rollout_logprobs is None
 
 

@@ -62,13 +62,13 @@ def test_a_sync_takes_place_once_for_each_version() -> None:
     weights = WeightSync(model, torch.float32, lambda: version)
     with pytest.raises(StaleEngineError, match="none"):
         weights.check()
-    assert weights.run(lambda tensors: syncs.append(len(list(tensors))))
-    assert not weights.run(lambda tensors: syncs.append(0))
+    assert weights.run(lambda tensors: syncs.append(len(list(tensors))), pytest.fail)
+    assert not weights.run(lambda tensors: syncs.append(0), pytest.fail)
     weights.check()
     version = 1
     with pytest.raises(StaleEngineError, match=r"after update 0.*update 1"):
         weights.check()
-    assert weights.run(lambda tensors: syncs.append(len(list(tensors))))
+    assert weights.run(lambda tensors: syncs.append(len(list(tensors))), pytest.fail)
     assert syncs == [len(sent(model, everything=True)), len(sent(model, everything=False))]
     assert syncs[1] < syncs[0]
 
@@ -78,7 +78,7 @@ def test_an_update_is_noticed_without_the_counter(optimizer) -> None:
     """As when one trainer trains twice, each time counting from 0."""
     model = tiny_model()
     weights = WeightSync(model, torch.float32, lambda: 0)
-    weights.run(lambda tensors: None)
+    weights.run(lambda tensors: None, pytest.fail)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer(model.parameters(), lr=0.1).step()

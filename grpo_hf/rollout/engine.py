@@ -27,6 +27,22 @@ class Sampling:
     """Tokens at least this probable relative to the most likely one."""
     repetition_penalty: float = 1.0
     """Divides the scores of tokens already present (Keskar et al. 2019); 1 is none."""
+    stop_strings: tuple[str, ...] = ()
+    """Any of these in the decoded text ends a completion; the token that completes it is the last."""
+    regex: str | None = None
+    """Only tokens that keep the text a beginning of a match are drawn."""
+    json_schema: str | None = None
+    """The same for the JSON texts that a schema allows."""
+
+    @property
+    def structured(self) -> bool:
+        """Whether a grammar narrows down the distribution."""
+        return self.regex is not None or self.json_schema is not None
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether an engine has to decode what it samples."""
+        return bool(self.stop_strings) or self.structured
 
 
 class Engine(Protocol):
@@ -36,6 +52,9 @@ class Engine(Protocol):
         """Make the next samples come from the trainer's current weights."""
 
     def sample(
-        self, prompts: list[list[int]], seeds: list[list[int]], sampling: Sampling
+        self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """Yield (number of the prompt, its completions) as groups finish; one completion for each of its seeds."""
+        """Yield (number of the prompt, its completions) as groups finish; completion n has the prompt's seed + n."""
+
+    def close(self) -> None:
+        """Let go of what is not this process's own; samples in progress are given up."""

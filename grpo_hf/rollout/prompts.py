@@ -124,8 +124,8 @@ class PromptOrder:
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A 63-bit seed from counters, the same on every machine: seeds of neighbours share nothing."""
-    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()) >> 1
+    """A 62-bit seed from counters, the same on every machine: seeds of neighbours share nothing."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()) >> 2
 
 
 def _tokenize(raw: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> list[int]:

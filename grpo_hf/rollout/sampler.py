@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,21 @@ from transformers import PreTrainedTokenizerBase
 from grpo_hf.metrics import Metrics
 from grpo_hf.rewards import Reward, score_group_rewards
 from grpo_hf.rollout.engine import Engine, Sampling
-from grpo_hf.types import Group, Prompt
+from grpo_hf.types import Completion, Group, Prompt
+
+
+@dataclass
+class Sampled:
+    """Groups that an engine has been asked for."""
+
+    groups: list[Group]
+    """Without completions as yet."""
+    completions: Iterable[tuple[int, list[Completion]]]
+    """See Engine.sample: the completions of groups by their number, as they finish."""
+
+    def wait(self) -> None:
+        """Until all completions are there, so that the engine may be given other weights."""
+        self.completions = list(self.completions)
 
 
 @dataclass
@@ -31,11 +45,20 @@ class GroupSampler:
     trainer_state: Callable[[], Any] = lambda: None
     """Gives what verifiers that ask for it are handed: Trainer makes a new state when training starts."""
 
-    def sample(self, prompts: list[Prompt], seeds: list[list[int]], sampling: Sampling) -> list[Group]:
-        """One scored group a prompt, with one completion for each of its seeds."""
-        groups = [Group(prompt, []) for prompt in prompts]
+    def sample(self, prompts: list[Prompt], seeds: list[int], num_generations: int, sampling: Sampling) -> list[Group]:
+        """One scored group a prompt."""
+        return self.finish(self.start(prompts, seeds, num_generations, sampling))
+
+    def start(self, prompts: list[Prompt], seeds: list[int], num_generations: int, sampling: Sampling) -> Sampled:
+        """Ask the engine for groups; one that is elsewhere works on them from now on."""
+        ids = [prompt.ids for prompt in prompts]
+        return Sampled([Group(prompt, []) for prompt in prompts], self.engine.sample(ids, seeds, num_generations, sampling))
+
+    def finish(self, sampled: Sampled) -> list[Group]:
+        """The groups, decoded and scored."""
+        groups = sampled.groups
         with self.metrics.phase("generate"):
-            for number, completions in self.engine.sample([prompt.ids for prompt in prompts], seeds, sampling):
+            for number, completions in sampled.completions:
                 texts = self.tokenizer.batch_decode([item.ids for item in completions], skip_special_tokens=True)
                 for completion, text in zip(completions, texts, strict=True):
                     completion.text = text

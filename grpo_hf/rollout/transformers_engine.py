@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -16,7 +17,10 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -50,6 +54,22 @@ class SeededSampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
 
 
+class StopAtText(StoppingCriteria):
+    """Ends the rows whose newest tokens spell a stop string; `cut_at_text` says which token was the last."""
+
+    def __init__(self, stop_strings: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, *, prompt_length: int):
+        self.stop_strings, self.tokenizer, self.prompt_length = stop_strings, tokenizer, prompt_length
+        self.window = max(map(len, stop_strings)) + 8  # tokens; those around it may share a character's bytes
+
+    def __call__(  # type: ignore[override]
+        self, input_ids: Int[Tensor, "rows time"], scores: Tensor, **options: Any
+    ) -> Bool[Tensor, " rows"]:
+        """True for the rows that end here."""
+        newest = input_ids[:, max(self.prompt_length, input_ids.shape[1] - self.window) :]
+        texts = self.tokenizer.batch_decode(newest, skip_special_tokens=True)
+        return torch.tensor([any(stop in text for stop in self.stop_strings) for text in texts], device=input_ids.device)
+
+
 class TransformersEngine:
     """The engine for machines without vLLM: one `generate` call for all prompts."""
 
@@ -58,25 +78,32 @@ class TransformersEngine:
         model: PreTrainedModel | PeftModel,
         *,
         pad_token_id: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
+        """``tokenizer`` is for stop strings alone."""
         # One autocast around all tokens casts the weights once; inside the model's own forward it would for each token.
-        self.model, self.pad_token_id, self.autocast = model, pad_token_id, autocast
+        self.model, self.pad_token_id, self.tokenizer, self.autocast = model, pad_token_id, tokenizer, autocast
 
     def sync_weights(self) -> None:
         """Nothing to do: the engine reads the trainer's own tensors."""
 
     @torch.no_grad()
     def sample(
-        self, prompts: list[list[int]], seeds: list[list[int]], sampling: Sampling
+        self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling
     ) -> Iterator[tuple[int, list[Completion]]]:
         """See Engine.sample; all groups finish together."""
-        rows = [ids for ids, group in zip(prompts, seeds, strict=True) for _ in group]
+        if sampling.structured:
+            raise ValueError("structured outputs need vLLM: set use_vllm=True, or leave the regex and the schema out")
+        if not prompts:
+            return
+        rows = [ids for ids in prompts for _ in range(num_generations)]
+        row_seeds = [seed + n for seed in seeds for n in range(num_generations)]
         longest = max(map(len, rows))
         device = self.model.device
         input_ids = torch.tensor([[self.pad_token_id] * (longest - len(ids)) + ids for ids in rows], device=device)
         attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows], device=device)
-        processors = processors_for(sampling, [seed for group in seeds for seed in group], prompt_length=longest)
+        processors = processors_for(sampling, row_seeds, prompt_length=longest)
         # A model's own generation defaults (a repetition penalty, say) would sample from another distribution. Under PEFT
         # it is the model inside that generate reads them from.
         lm: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -89,6 +116,7 @@ class TransformersEngine:
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     logits_processor=processors,
+                    stopping_criteria=self._criteria(sampling, prompt_length=longest),
                     generation_config=GenerationConfig(
                         do_sample=False,
                         max_new_tokens=sampling.max_completion_length,
@@ -100,8 +128,24 @@ class TransformersEngine:
             lm.generation_config = own_defaults
             self.model.train(was_training)
         tokens = iter(output[:, longest:].tolist())
-        for number, group in enumerate(seeds):
-            yield number, [cut_at_stop(next(tokens), sampling.stop_token_ids) for _ in group]
+        for number in range(len(prompts)):
+            yield number, [self._cut(next(tokens), sampling) for _ in range(num_generations)]
+
+    def _criteria(self, sampling: Sampling, *, prompt_length: int) -> StoppingCriteriaList:
+        if not sampling.stop_strings:
+            return StoppingCriteriaList()
+        assert self.tokenizer is not None
+        return StoppingCriteriaList([StopAtText(sampling.stop_strings, self.tokenizer, prompt_length=prompt_length)])
+
+    def _cut(self, tokens: list[int], sampling: Sampling) -> Completion:
+        completion = cut_at_stop(tokens, sampling.stop_token_ids)
+        if sampling.stop_strings:
+            assert self.tokenizer is not None
+            completion = cut_at_text(completion, sampling.stop_strings, self.tokenizer)
+        return completion
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def processors_for(sampling: Sampling, seeds: list[int], *, prompt_length: int) -> LogitsProcessorList:
@@ -129,3 +173,16 @@ def cut_at_stop(tokens: list[int], stop_token_ids: tuple[int, ...]) -> Completio
         if token in stop_token_ids:
             return Completion(ids=tokens[: place + 1], truncated=False)
     return Completion(ids=tokens, truncated=True)
+
+
+def cut_at_text(completion: Completion, stop_strings: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Completion:
+    """The completion up to and with the token that completes the first stop string in its text."""
+
+    def ended(length: int) -> bool:
+        text: Any = tokenizer.decode(completion.ids[:length], skip_special_tokens=True)
+        return any(stop in text for stop in stop_strings)
+
+    length = bisect_left(range(1, len(completion.ids) + 1), True, key=ended) + 1
+    if length > len(completion.ids):
+        return completion
+    return Completion(ids=completion.ids[:length], truncated=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
@@ -36,8 +37,17 @@ def installed_vllm() -> str:
 
 
 def has_filters(sampling: Sampling) -> bool:
-    """Whether samples come from another distribution than softmax(logits / temperature)."""
+    """Whether a part of softmax(logits / temperature) is left out or changed, in a way that the trainer does not see."""
     return sampling.top_p < 1 or sampling.top_k > 0 or (sampling.min_p or 0) > 0 or sampling.repetition_penalty != 1
+
+
+def comparable_logprobs(sampling: Sampling, *, filtered: bool) -> bool:
+    """Whether the engine's log-probs are of the distribution that the trainer scores.
+
+    An engine started for ``filtered`` samples gives log-probs before the filters, any other after them; a grammar narrows
+    the distribution down in either.
+    """
+    return not sampling.structured and (filtered or not has_filters(sampling))
 
 
 def logprobs_mode(sampling: Sampling) -> str:
@@ -55,6 +65,35 @@ def logprobs_mode(sampling: Sampling) -> str:
     before its temperature too, that is put into the model's logits.
     """
     return "raw_logprobs" if has_filters(sampling) else "processed_logprobs"
+
+
+def request_options(sampling: Sampling) -> dict[str, Any]:
+    """Sampling under the names that vllm.SamplingParams and the server's requests share."""
+    structured = {"regex": sampling.regex, "json": sampling.json_schema}
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k if sampling.top_k > 0 else -1,
+        "min_p": sampling.min_p or 0.0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "stop": list(sampling.stop_strings),
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": True,  # stop_token_ids say all
+        "max_tokens": sampling.max_completion_length,
+        "logprobs": 0,  # that of the token itself
+    } | ({"structured_outputs": {k: v for k, v in structured.items() if v is not None}} if sampling.structured else {})
+
+
+def check_request(prompts: list[list[int]], sampling: Sampling, max_model_len: int) -> None:
+    """Raise ValueError for what vLLM would refuse, or sample otherwise than asked."""
+    check_sampling(sampling)
+    needed = max(map(len, prompts), default=0) + sampling.max_completion_length
+    if needed > max_model_len:
+        raise ValueError(
+            f"the longest prompt and max_completion_length make {needed} tokens, but vLLM was started for {max_model_len}, "
+            f"the most that the trainer's own data sets need; shorten the prompts, or give them to the trainer as its "
+            f"train_dataset or eval_dataset"
+        )
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -92,6 +131,24 @@ def check_cpu_attention(config: PretrainedConfig) -> None:
             f"vLLM on the CPU has no attention for heads of size {head_size(config)}, only for "
             f"{', '.join(map(str, sizes))}; set use_vllm=False"
         )
+
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Those that vLLM can be started for."""
+
+
+def lora_options(model: Any) -> dict[str, Any]:
+    """How vLLM must be started to hold the model's adapter; ValueError for one that it cannot hold."""
+    config = model.peft_config[model.active_adapter]
+    rank = max([config.r, *config.rank_pattern.values()])
+    if config.rank_pattern or config.alpha_pattern:
+        raise ValueError(
+            "vllm_lora_sync='adapter': vLLM holds adapters of one rank and scale, but LoraConfig has a rank_pattern or "
+            "alpha_pattern; use vllm_lora_sync='merge'"
+        )
+    if rank > LORA_RANKS[-1]:
+        raise ValueError(f"vllm_lora_sync='adapter': vLLM holds ranks up to {LORA_RANKS[-1]}, not {rank}; use 'merge'")
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(limit for limit in LORA_RANKS if limit >= rank)}
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:

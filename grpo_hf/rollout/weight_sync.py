@@ -1,24 +1,33 @@
 """The one place where weights go from the trainer to an engine: which tensors, under which names, and of which version.
 
 An engine holds a plain causal LM. Under LoRA it gets W + s B A for each adapted layer, made out of place, one tensor at a
-time: the trainer's own W never changes, so nothing drifts however often weights are sent.
+time: the trainer's own W never changes, so nothing drifts however often weights are sent. Or it gets W once and then the
+adapter alone. Weights that FSDP2 or ZeRO-3 have cut up are put together one tensor at a time, by all processes at once.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 NamedTensors = Iterator[tuple[str, Tensor]]
 
 Stamp = tuple[int, int]
 """Finished updates, and how often torch has seen the trained tensors written to."""
+
+LORA_SYNCS = ("merge", "adapter")
+"""What travels under LoRA: the touched weights, merged, or the adapter."""
 
 
 class StaleEngineError(RuntimeError):
@@ -35,27 +44,38 @@ class WeightSync:
     """What the engine computes in."""
     version: Callable[[], int]
     """Number of finished updates."""
+    lora_sync: str = "merge"
+    """One of LORA_SYNCS; without an adapter it means nothing."""
     held: Stamp | None = None
     """The weights that the engine holds; None before the first sync."""
 
     def __post_init__(self) -> None:
         check_adapter(self.model)
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.adapter_only = self.lora_sync == "adapter" and isinstance(self.model, PeftModel)
+        self.sharded = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters())
 
     def current(self) -> Stamp:
         """The stamp of the trainer's weights as they are now. The second part also tells two runs of one trainer apart,
         whose updates are both counted from 0, and weights that were loaded by hand."""
         return self.version(), sum(parameter._version for parameter in self._trained)
 
-    def run(self, send: Callable[[NamedTensors], None]) -> bool:
-        """Give the engine what it lacks through ``send``; False when it lacks nothing."""
+    def run(self, load: Callable[[NamedTensors], None], load_adapter: Callable[[dict[str, Tensor]], None]) -> bool:
+        """Give the engine what it lacks through ``load`` and ``load_adapter``; False when it lacks nothing."""
         stamp = self.current()
         if self.held == stamp:
             return False
         everything, self.held = self.held is None, None  # None while a sync may be half done
-        send(engine_weights(self.model, self.dtype, everything=everything))
+        if everything or not self.adapter_only:
+            load(engine_weights(self.model, self.dtype, everything=everything, merged=not self.adapter_only))
+        if self.adapter_only:
+            load_adapter(adapter_weights(self.model))
         self.held = stamp
         return True
+
+    def forget(self) -> None:
+        """The engine has lost its weights."""
+        self.held = None
 
     def check(self) -> None:
         """Raise StaleEngineError unless the engine holds the trainer's weights."""
@@ -67,7 +87,7 @@ class WeightSync:
             )
 
 
-def engine_weights(model: nn.Module, dtype: torch.dtype, *, everything: bool) -> NamedTensors:
+def engine_weights(model: nn.Module, dtype: torch.dtype, *, everything: bool, merged: bool = True) -> NamedTensors:
     """(name, tensor) of the causal LM as a checkpoint has it, adapters merged: everything, or what training can change.
 
     An engine fuses layers, q, k and v say, and loads a fused layer whole or not at all. So with one trained tensor its
@@ -77,7 +97,22 @@ def engine_weights(model: nn.Module, dtype: torch.dtype, *, everything: bool) ->
     changed = {_fused_with(piece.name) for piece in pieces if piece.trained}
     for piece in pieces:
         if everything or _fused_with(piece.name) in changed:
-            yield piece.name, piece.value(dtype)
+            yield piece.name, piece.value(dtype, merged=merged)
+
+
+def adapter_weights(model: Any) -> dict[str, Tensor]:
+    """The active adapter's tensors under PEFT's names, copied: an engine may scale in place what it is handed."""
+    with _whole(parameter for parameter in model.parameters() if parameter.requires_grad):
+        weights = get_peft_model_state_dict(model)
+        return {name: _full(value).clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
+
+
+def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write the adapter as PEFT does, but for how it was initialized, which engines refuse to hear of."""
+    config = copy.copy(model.peft_config[model.active_adapter])
+    config.init_lora_weights = True
+    config.save_pretrained(str(folder))
+    save_file(weights, folder / "adapter_model.safetensors")
 
 
 @dataclass
@@ -91,11 +126,13 @@ class _Piece:
         return self.adapter is not None or self.parameter.requires_grad
 
     @torch.no_grad()
-    def value(self, dtype: torch.dtype) -> Tensor:
-        if self.adapter is None or not self.adapter.active_adapters:
-            return self.parameter.detach().to(dtype)
-        delta = self.adapter.get_delta_weight(self.adapter.active_adapters[0])
-        return (self.parameter.detach().float() + delta.float()).to(dtype)
+    def value(self, dtype: torch.dtype, *, merged: bool) -> Tensor:
+        if self.adapter is None or not merged or not self.adapter.active_adapters:
+            with _whole([self.parameter]):
+                return _full(self.parameter).to(dtype, copy=hasattr(self.parameter, "ds_id"))
+        with _whole(self.adapter.parameters()):
+            delta = _full(self.adapter.get_delta_weight(self.adapter.active_adapters[0]))
+            return (_full(self.parameter).float() + delta.float()).to(dtype)
 
 
 def _pieces(model: nn.Module) -> Iterator[_Piece]:
@@ -107,6 +144,24 @@ def _pieces(model: nn.Module) -> Iterator[_Piece]:
             yield _Piece(f"{owner}.{inside}", parameter, adapters[owner] if inside == "weight" else None)
         elif not any(name.startswith(f"{adapted}.") for adapted in _ancestors(name, adapters)):
             yield _Piece(name, parameter, None)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 has cut up."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@contextmanager
+def _whole(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Put parameters that ZeRO-3 has cut up together for a while."""
+    cut = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not cut:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(cut):
+        yield
 
 
 def _ancestors(name: str, among: Iterable[str]) -> list[str]:

@@ -1,0 +1,102 @@
+"""What grpo_hf adds to a vLLM server: weights from a file that both sides see, and log-probs with temperature and filters.
+
+vLLM finds `register` through its plugin entry point in each of its processes, wherever grpo_hf is installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+FILE_BACKEND = "grpo_hf_file"
+"""The weight transfer backend for machines without NCCL: vLLM's own all need CUDA."""
+
+
+def register() -> None:
+    """Make the file backend known to vLLM."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if FILE_BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(FILE_BACKEND, _file_engine())
+
+
+def _file_engine() -> type:
+    from safetensors import safe_open
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    @dataclass
+    class FileInitInfo(WeightTransferInitInfo):
+        """Nothing to agree on."""
+
+    @dataclass
+    class FileUpdateInfo(WeightTransferUpdateInfo):
+        """Where the weights lie."""
+
+        path: str
+        """A safetensors file, on a file system that trainer and server share."""
+
+    class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
+        """Maps a file of weights into memory and loads them layer by layer."""
+
+        init_info_cls, update_info_cls = FileInitInfo, FileUpdateInfo
+
+        def init_transfer_engine(self, init_info: FileInitInfo) -> None:
+            """Nothing to set up."""
+
+        def start_weight_update(self) -> None:
+            """Prepare for weights in a checkpoint's form."""
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: FileUpdateInfo) -> None:
+            """Load every tensor of the file."""
+            with safe_open(update_info.path, framework="pt") as file:
+                self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+
+        def update_weights(self, update_info: dict[str, Any]) -> None:
+            """Without vLLM's wait for a device, which there need not be."""
+            self.receive_weights(self.parse_update_info(update_info))
+
+        def finish_weight_update(self) -> None:
+            """Put the weights into the form that the kernels take."""
+            finalize_layerwise_reload(self.model, self.model_config)
+            refresh_tied_head(self.model)
+
+        def shutdown(self) -> None:
+            """Nothing to release."""
+
+    return FileWeightTransferEngine
+
+
+class WorkerExtension:
+    """Methods that /collective_rpc finds on vLLM's workers."""
+
+    model_runner: Any
+
+    def grpo_hf_divide_logits(self, divisor: str) -> None:
+        """See vllm_support.logprobs_mode: a temperature that "raw_logprobs" see."""
+        divide_logits(self.model_runner.get_model(), float(divisor))
+
+
+def refresh_tied_head(model: Any) -> None:
+    """On the CPU a head that shares the embeddings' weight multiplies with a packed copy, which a reload leaves stale."""
+    head = getattr(model, "lm_head", None)
+    head = getattr(head, "base_layer", head)
+    if hasattr(head, "quant_method") and head.weight.device.type == "cpu":
+        head.quant_method.process_weights_after_loading(head)
+
+
+def divide_logits(model: Any, divisor: float) -> None:
+    """Make every log-prob and sample that of logits / divisor; the model's own scale of them stays in."""
+    processor = getattr(model, "logits_processor", None)
+    if not hasattr(processor, "scale"):
+        raise ValueError(
+            "top_p, top_k, min_p and repetition_penalty need log-probs before them, and vLLM's form of this model gives no "
+            "access to its logits; leave them unset, or set use_vllm=False"
+        )
+    own = vars(processor).setdefault("scale_before_division", processor.scale)
+    processor.scale = own / divisor
