@@ -24,7 +24,7 @@ from grpo_hf.rollout.engine import Engine, Sampling
 from grpo_hf.rollout.transformers_engine import TransformersEngine
 from grpo_hf.rollout.vllm_engine import VLLMEngine
 from grpo_hf.rollout.vllm_support import installed_vllm
-from grpo_hf.rollout.weight_sync import WeightSync, engine_weights
+from grpo_hf.rollout.weight_sync import WeightSync, EngineWeights
 
 MODELS = {
     "4M": {
@@ -73,7 +73,7 @@ def measure_sync(engine: VLLMEngine, model: nn.Module, repeats: int) -> dict[str
         start = time.perf_counter()
         engine.sync_weights()
         seconds.append(time.perf_counter() - start)
-    sent = [value for _, value in engine_weights(model, torch.float32, everything=False)]
+    sent = [value for _, value in EngineWeights(model, torch.float32, everything=False)]
     return {
         "first_s": seconds[0],
         "seconds": statistics.median(seconds[1:]),

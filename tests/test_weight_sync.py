@@ -7,12 +7,12 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor
 
-from grpo_hf.rollout.weight_sync import StaleEngineError, WeightSync, check_adapter, engine_weights
+from grpo_hf.rollout.weight_sync import StaleEngineError, WeightSync, check_adapter, EngineWeights
 from tests.tiny import tiny_model
 
 
 def sent(model, *, everything: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    tensors = list(engine_weights(model, dtype, everything=everything))
+    tensors = list(EngineWeights(model, dtype, everything=everything))
     assert len(dict(tensors)) == len(tensors)
     return dict(tensors)
 

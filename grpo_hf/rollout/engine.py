@@ -45,6 +45,10 @@ class Sampling:
         return bool(self.stop_strings) or self.structured
 
 
+class EngineLostError(RuntimeError):
+    """The engine has gone and has not come back in time; the trainer's own state is whole."""
+
+
 class Engine(Protocol):
     """Samples groups; one implementation a file in this folder."""
 
@@ -56,5 +60,5 @@ class Engine(Protocol):
     ) -> Iterator[tuple[int, list[Completion]]]:
         """Yield (number of the prompt, its completions) as groups finish; completion n has the prompt's seed + n."""
 
-    def close(self) -> None:
-        """Let go of what is not this process's own; samples in progress are given up."""
+    def abort(self) -> None:
+        """Give up what is being sampled."""

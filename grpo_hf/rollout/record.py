@@ -28,7 +28,14 @@ def write_rollout(folder: Path, rollout: Rollout, *, step: int, process: int) ->
         prompt = group.prompt.raw if isinstance(group.prompt.raw, str) else repr(group.prompt.raw)
         for item in group.completions:
             rows.append(
-                {"step": step, "rollout": rollout.index, "process": process, "prompt": prompt, "completion": item.text}
+                {
+                    "step": step,
+                    "rollout": rollout.index,
+                    "weights": rollout.version,
+                    "process": process,
+                    "prompt": prompt,
+                    "completion": item.text,
+                }
                 | {"length": len(item.ids), "truncated": item.truncated}
                 | {f"rewards/{name}": value for name, value in item.rewards.items()}
                 | {"reward": item.reward, "advantage": item.advantage}

@@ -144,8 +144,8 @@ class TransformersEngine:
             completion = cut_at_text(completion, sampling.stop_strings, self.tokenizer)
         return completion
 
-    def close(self) -> None:
-        """Nothing is held."""
+    def abort(self) -> None:
+        """Nothing is ever in progress."""
 
 
 def processors_for(sampling: Sampling, seeds: list[int], *, prompt_length: int) -> LogitsProcessorList:

@@ -29,7 +29,7 @@ from grpo_hf.rollout.vllm_support import (
     lora_options,
     request_options,
 )
-from grpo_hf.rollout.weight_sync import NamedTensors, WeightSync, save_adapter
+from grpo_hf.rollout.weight_sync import EngineWeights, WeightSync, save_adapter
 from grpo_hf.types import Completion
 
 ADAPTER = "trainer"
@@ -145,13 +145,13 @@ class VLLMEngine:
             rollout_logprobs=None if logprobs is None else list(logprobs),
         )
 
-    def close(self) -> None:
-        """Nothing: the engine stays to the end of the process."""
+    def abort(self) -> None:
+        """Nothing: an abandoned iterator does it itself."""
 
-    def _load(self, weights: NamedTensors) -> None:
+    def _load(self, weights: EngineWeights) -> None:
         self._wake()
         with same_random_state():
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
             self.llm.apply_model(refresh_tied_head)
         self._reset_prefix_cache()
 

@@ -55,7 +55,8 @@ def _file_engine() -> type:
         def receive_weights(self, update_info: FileUpdateInfo) -> None:
             """Load every tensor of the file."""
             with safe_open(update_info.path, framework="pt") as file:
-                self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+                weights = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+                self.model.load_weights(weights)  # type: ignore[operator]
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
             """Without vLLM's wait for a device, which there need not be."""
@@ -84,7 +85,7 @@ class WorkerExtension:
 
 def refresh_tied_head(model: Any) -> None:
     """On the CPU a head that shares the embeddings' weight multiplies with a packed copy, which a reload leaves stale."""
-    head = getattr(model, "lm_head", None)
+    head: Any = getattr(model, "lm_head", None)
     head = getattr(head, "base_layer", head)
     if hasattr(head, "quant_method") and head.weight.device.type == "cpu":
         head.quant_method.process_weights_after_loading(head)
@@ -92,7 +93,7 @@ def refresh_tied_head(model: Any) -> None:
 
 def divide_logits(model: Any, divisor: float) -> None:
     """Make every log-prob and sample that of logits / divisor; the model's own scale of them stays in."""
-    processor = getattr(model, "logits_processor", None)
+    processor: Any = getattr(model, "logits_processor", None)
     if not hasattr(processor, "scale"):
         raise ValueError(
             "top_p, top_k, min_p and repetition_penalty need log-probs before them, and vLLM's form of this model gives no "

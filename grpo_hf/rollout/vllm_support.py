@@ -31,9 +31,14 @@ def installed_vllm() -> str:
     # The distribution need not be called vllm, and the module's own version takes seconds to import.
     names = importlib.metadata.packages_distributions().get("vllm", ["vllm"])
     version = importlib.metadata.version(names[0])
-    if not Version(OLDEST) <= Version(Version(version).base_version) < Version(TOO_NEW):
-        raise ValueError(f"vLLM {version} is installed, but >={OLDEST},<{TOO_NEW} is needed. {HOW_TO_INSTALL}")
+    check_version(version, "this environment")
     return version
+
+
+def check_version(version: str, where: str) -> None:
+    """Raise ValueError for a version of vLLM that is not supported."""
+    if not Version(OLDEST) <= Version(Version(version).base_version) < Version(TOO_NEW):
+        raise ValueError(f"{where} has vLLM {version}, but >={OLDEST},<{TOO_NEW} is needed. {HOW_TO_INSTALL}")
 
 
 def has_filters(sampling: Sampling) -> bool:

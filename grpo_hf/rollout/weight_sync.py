@@ -21,8 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-NamedTensors = Iterator[tuple[str, Tensor]]
-
 Stamp = tuple[int, int]
 """Finished updates, and how often torch has seen the trained tensors written to."""
 
@@ -60,14 +58,14 @@ class WeightSync:
         whose updates are both counted from 0, and weights that were loaded by hand."""
         return self.version(), sum(parameter._version for parameter in self._trained)
 
-    def run(self, load: Callable[[NamedTensors], None], load_adapter: Callable[[dict[str, Tensor]], None]) -> bool:
+    def run(self, load: Callable[[EngineWeights], None], load_adapter: Callable[[dict[str, Tensor]], None]) -> bool:
         """Give the engine what it lacks through ``load`` and ``load_adapter``; False when it lacks nothing."""
         stamp = self.current()
         if self.held == stamp:
             return False
         everything, self.held = self.held is None, None  # None while a sync may be half done
         if everything or not self.adapter_only:
-            load(engine_weights(self.model, self.dtype, everything=everything, merged=not self.adapter_only))
+            load(EngineWeights(self.model, self.dtype, everything=everything, merged=not self.adapter_only))
         if self.adapter_only:
             load_adapter(adapter_weights(self.model))
         self.held = stamp
@@ -87,17 +85,25 @@ class WeightSync:
             )
 
 
-def engine_weights(model: nn.Module, dtype: torch.dtype, *, everything: bool, merged: bool = True) -> NamedTensors:
+class EngineWeights:
     """(name, tensor) of the causal LM as a checkpoint has it, adapters merged: everything, or what training can change.
 
-    An engine fuses layers, q, k and v say, and loads a fused layer whole or not at all. So with one trained tensor its
-    neighbours under the same parent module travel too.
+    A tensor is made when iteration comes to it. An engine fuses layers, q, k and v say, and loads a fused layer whole or
+    not at all. So with one trained tensor its neighbours under the same parent module travel too.
     """
-    pieces = list(_pieces(model))
-    changed = {_fused_with(piece.name) for piece in pieces if piece.trained}
-    for piece in pieces:
-        if everything or _fused_with(piece.name) in changed:
-            yield piece.name, piece.value(dtype, merged=merged)
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, everything: bool, merged: bool = True):
+        pieces = list(_pieces(model))
+        changed = {_fused_with(piece.name) for piece in pieces if piece.trained}
+        self.dtype, self._merged = dtype, merged
+        self._pieces = [piece for piece in pieces if everything or _fused_with(piece.name) in changed]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return ((piece.name, piece.value(self.dtype, merged=self._merged)) for piece in self._pieces)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the whole tensors, by name."""
+        return {piece.name: tuple(getattr(piece.parameter, "ds_shape", piece.parameter.shape)) for piece in self._pieces}
 
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers import TrainingArguments
@@ -17,6 +18,7 @@ from grpo_hf.algorithm.kl import KL_ESTIMATORS
 from grpo_hf.algorithm.losses import LEVELS
 from grpo_hf.algorithm.objective import LOSS_TYPES, Objective, engine_correction
 from grpo_hf.packing.layout import LAYOUTS
+from grpo_hf.rollout.weight_sync import LORA_SYNCS
 from grpo_hf.training.trl_names import TRL_ONLY
 
 Class = TypeVar("Class", bound=type)
@@ -55,7 +57,12 @@ class GRPOConfig(TrainingArguments):
     they are cut into forward passes is decided by `tokens_per_microbatch` alone and changes no gradient.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "chat_template_kwargs",
+        "vllm_structured_outputs_json",
+    ]
 
     learning_rate: float = option(1e-6, "Initial learning rate.")
     logging_steps: float = option(10, "Optimizer steps between log lines.")
@@ -84,10 +91,27 @@ class GRPOConfig(TrainingArguments):
     top_k: int = option(0, "Sample from this many most likely tokens; 0: from all.")
     min_p: float | None = option(None, "Sample tokens at least this probable relative to the most likely one.")
     repetition_penalty: float = option(1.0, "Divides the scores of tokens already present.")
+    stop_strings: list[str] | None = option(None, "Any of these in its text ends a completion.")
+    stop_token_ids: list[int] | None = option(None, "Tokens that end a completion, beside the model's own.")
 
     # vLLM
     use_vllm: bool = option(False, "Sample with vLLM instead of transformers.")
-    vllm_mode: str = option("colocate", "Where vLLM runs: 'colocate', in each training process.")
+    vllm_mode: str = option("colocate", "Where vLLM runs: 'colocate', in each training process, or 'server'.")
+    vllm_server_base_url: str | None = option(None, "The server's address; None: http://vllm_server_host:vllm_server_port.")
+    vllm_server_host: str = option("0.0.0.0", "The server's host.")
+    vllm_server_port: int = option(8000, "The server's port.")
+    vllm_server_timeout: float = option(240.0, "Seconds that the server may stay away, at the start and later.")
+    vllm_group_port: int = option(51216, "The trainer's port for NCCL with the server.")
+    vllm_weights_folder: str | None = option(
+        None, "A folder that trainer and server share, for weights without NCCL and adapters; None: one in memory."
+    )
+    vllm_lora_sync: str = option(
+        "merge",
+        f"What travels under LoRA: one of {', '.join(LORA_SYNCS)}. Merging samples faster, an adapter travels faster.",
+    )
+    rollout_ahead: int = option(0, "1: the server samples the next rollout while this one is trained on.")
+    vllm_structured_outputs_regex: str | None = option(None, "Sample only what matches this regular expression.")
+    vllm_structured_outputs_json: dict | str | None = option(None, "Sample only JSON that this schema allows.")
     vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU's memory for vLLM.")
     vllm_enable_sleep_mode: bool = option(False, "vLLM gives its GPU memory back while training.")
     vllm_importance_sampling_correction: bool = option(True, "Weight the loss by trainer over engine probabilities.")
@@ -187,6 +211,17 @@ class GRPOConfig(TrainingArguments):
         )
 
     @property
+    def server_url(self) -> str:
+        """Where the vLLM server is."""
+        return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+
+    @property
+    def json_schema(self) -> str | None:
+        """vllm_structured_outputs_json as text."""
+        schema = self.vllm_structured_outputs_json
+        return json.dumps(schema) if isinstance(schema, dict) else schema
+
+    @property
     def compute_dtype(self) -> torch.dtype | None:
         """What autocast computes in; None: the model's own."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
@@ -209,14 +244,16 @@ class GRPOConfig(TrainingArguments):
         return self.gradient_accumulation_steps
 
     def _check_names(self) -> None:
-        choices: dict[str, Iterable[str]] = {
+        choices: dict[str, Iterable[Any]] = {
             "loss_type": LOSS_TYPES,
             "importance_sampling_level": LEVELS,
             "scale_rewards": ("group", "batch", "none"),
             "kl_estimator": KL_ESTIMATORS,
             "token_layout": ("auto", *LAYOUTS),
             "overlong_prompts": ("error", "drop"),
-            "vllm_mode": ("colocate",),
+            "vllm_mode": ("colocate", "server"),
+            "vllm_lora_sync": LORA_SYNCS,
+            "rollout_ahead": (0, 1),
             "vllm_importance_sampling_mode": CORRECTION_MODES,
         }
         if self.advantage is not None:
@@ -224,9 +261,9 @@ class GRPOConfig(TrainingArguments):
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
-                near = difflib.get_close_matches(str(value), known, n=1)
+                near = difflib.get_close_matches(str(value), map(str, known), n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}{hint}")
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, known))}{hint}")
 
     def _check_numbers(self) -> None:
         at_least: dict[str, Callable[[Any], bool]] = {
@@ -241,6 +278,7 @@ class GRPOConfig(TrainingArguments):
             "top_k >= 0": lambda c: c.top_k >= 0,
             "0 <= min_p <= 1": lambda c: c.min_p is None or 0 <= c.min_p <= 1,
             "repetition_penalty > 0": lambda c: c.repetition_penalty > 0,
+            "vllm_server_timeout > 0": lambda c: c.vllm_server_timeout > 0,
             "0 < vllm_gpu_memory_utilization <= 1": lambda c: 0 < c.vllm_gpu_memory_utilization <= 1,
             "vllm_importance_sampling_clip_min <= vllm_importance_sampling_clip_max": lambda c: (
                 None in (c.vllm_importance_sampling_clip_min, c.vllm_importance_sampling_clip_max)
@@ -264,10 +302,29 @@ class GRPOConfig(TrainingArguments):
                 f"epsilon_high={self.epsilon_high}: for loss_type='cispo' it is the bound on the ratio itself, and a bound "
                 "below 1 shrinks even on-policy gradients; give one of at least 1, say 5.0"
             )
+        self._check_engine()
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size=True would break up groups; lower tokens_per_microbatch instead")
         if self.sync_ref_model and not self.beta:
             raise ValueError("sync_ref_model=True needs a reference model, so beta > 0; beta is 0")
+
+    def _check_engine(self) -> None:
+        structured = self.vllm_structured_outputs_regex is not None or self.vllm_structured_outputs_json is not None
+        if structured and not self.use_vllm:
+            raise ValueError("vllm_structured_outputs_regex and vllm_structured_outputs_json need use_vllm=True")
+        if not self.rollout_ahead:
+            return
+        if not self.use_vllm or self.vllm_mode != "server":
+            raise ValueError(
+                f"rollout_ahead=1 samples while training goes on, which takes a server: set use_vllm=True and "
+                f"vllm_mode='server' (use_vllm is {self.use_vllm}, vllm_mode {self.vllm_mode!r})"
+            )
+        if structured or not self.vllm_importance_sampling_correction:
+            raise ValueError(
+                "rollout_ahead=1 trains on samples of older weights, which the loss must be corrected for: set "
+                "vllm_importance_sampling_correction=True and leave structured outputs, which have no log-probs to do it "
+                "with, out"
+            )
 
     def _check_batches(self) -> None:
         group, batch, accumulation = (

@@ -1,4 +1,4 @@
-"""Which engine samples a run."""
+"""Which engine samples a run, and how."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_hf.rollout.engine import Engine, Sampling
+from grpo_hf.rollout.planning import Peers
 from grpo_hf.rollout.prompts import PromptSet
 from grpo_hf.rollout.transformers_engine import TransformersEngine
 from grpo_hf.rollout.vllm_engine import VLLMEngine
+from grpo_hf.rollout.vllm_server import VLLMServerEngine
 from grpo_hf.training.config import GRPOConfig
 
 LARGE_DIFFERENCE = 0.1
@@ -24,29 +26,64 @@ def make_engine(
     *,
     sampling: Sampling,
     prompts: Iterable[PromptSet],
-    pad_token_id: int,
+    tokenizer: PreTrainedTokenizerBase,
     autocast: Callable[[], Any],
     finished_updates: Callable[[], int],
+    peers: Peers,
 ) -> Engine:
     """The engine that the settings ask for, on the model's device; ``prompts`` are all that it will be given."""
     if not args.use_vllm:
-        return TransformersEngine(model, pad_token_id=pad_token_id, autocast=autocast)
+        assert tokenizer.pad_token_id is not None
+        return TransformersEngine(model, pad_token_id=tokenizer.pad_token_id, tokenizer=tokenizer, autocast=autocast)
+    shared: dict[str, Any] = {
+        "version": finished_updates,
+        "sampling": sampling,
+        "max_prompt_length": max(len(ids) for part in prompts for ids in part.ids),
+        "dtype": args.compute_dtype,
+        "lora_sync": args.vllm_lora_sync,
+    }
+    if args.vllm_mode == "server":
+        return VLLMServerEngine(
+            model,
+            base_url=args.server_url,
+            timeout=args.vllm_server_timeout,
+            weights_folder=args.vllm_weights_folder,
+            group_port=args.vllm_group_port,
+            peers=peers,
+            **shared,
+        )
     return VLLMEngine(
         model,
-        version=finished_updates,
-        sampling=sampling,
-        max_prompt_length=max(len(ids) for part in prompts for ids in part.ids),
-        dtype=args.compute_dtype,
+        tokenizer=tokenizer,
         num_processes=args.world_size,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         sleep_mode=args.vllm_enable_sleep_mode,
+        **shared,
+    )
+
+
+def make_sampling(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> Sampling:
+    """How training samples; completions end at the tokenizer's and the model's own end tokens, and at what is asked for."""
+    stops = lm.generation_config.eos_token_id  # type: ignore[union-attr]
+    stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
+    return Sampling(
+        max_completion_length=args.max_completion_length,
+        stop_token_ids=tuple(dict.fromkeys([tokenizer.eos_token_id, *stops, *(args.stop_token_ids or [])])),
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        stop_strings=tuple(args.stop_strings or ()),
+        regex=args.vllm_structured_outputs_regex,
+        json_schema=args.json_schema,
     )
 
 
 def mismatch_warning(measured: dict[str, Any]) -> str | None:
     """What to say when the engine's log-probs are so far from the trainer's that they cannot be of one model."""
     mean = measured.get("sampling/sampling_logp_difference/mean", 0.0)
-    if mean < LARGE_DIFFERENCE:
+    if mean < LARGE_DIFFERENCE or measured.get("sampling/staleness"):  # older weights differ as they must
         return None
     return (
         f"vLLM's log-probs of its samples differ from the trainer's by {mean:.2g} on average: it does not compute this "

@@ -24,7 +24,7 @@ from grpo_hf.metrics import Metrics
 from grpo_hf.packing.choose import choose_layout, disable_dropout
 from grpo_hf.packing.logprobs import batch_logprobs
 from grpo_hf.rewards import RewardSpec
-from grpo_hf.rollout.engine import Sampling
+from grpo_hf.rollout.engine import EngineLostError
 from grpo_hf.rollout.planning import Peers, Plan, Update
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, prepare_tokenizer
 from grpo_hf.rollout.record import record_forward, record_rollout, set_aside_earlier_run, write_rollout
@@ -50,7 +50,7 @@ from grpo_hf.training.checks import (
     refuse_arguments,
 )
 from grpo_hf.training.config import GRPOConfig
-from grpo_hf.training.engines import make_engine, mismatch_warning
+from grpo_hf.training.engines import make_engine, make_sampling, mismatch_warning
 from grpo_hf.training.models import causal_lm, frozen_copy, load_config, load_model, load_tokenizer, run_inside
 from grpo_hf.types import PackedBatch
 
@@ -90,7 +90,7 @@ class GRPOTrainer(Trainer):
         refuse_arguments(unsupported)
         args = args or GRPOConfig()
         check_reference(args, lora=peft_config is not None or isinstance(model, PeftModel))
-        if args.use_vllm:
+        if args.use_vllm and args.vllm_mode == "colocate":
             installed_vllm()
         self.metrics = Metrics()
         self.rewards, self.reward_weights = checked_rewards(reward_funcs, args)
@@ -147,24 +147,15 @@ class GRPOTrainer(Trainer):
         args = self.args
         lm = causal_lm(self.model)
         layout = choose_layout(lm, [self.prompts.ids[0], self.prompts.ids[-1]], args.token_layout)
-        stops = lm.generation_config.eos_token_id
-        stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
-        self.sampling = Sampling(
-            max_completion_length=args.max_completion_length,
-            stop_token_ids=tuple(dict.fromkeys([tokenizer.eos_token_id, *stops])),
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-        )
+        self.sampling = make_sampling(args, tokenizer, lm)
         self.sampler = GroupSampler(
             engine=make_engine(
                 self.model,
                 args,
                 sampling=self.sampling,
                 prompts=[self.prompts, *self.eval_prompts.values()],
-                pad_token_id=tokenizer.pad_token_id,
+                tokenizer=tokenizer,
+                peers=self.peers,
                 finished_updates=lambda: self.state.global_step,
                 autocast=self.accelerator.autocast,
             ),
@@ -195,6 +186,8 @@ class GRPOTrainer(Trainer):
             finished_updates=lambda: self.state.global_step,
             on_rollout=self._on_rollout,
             peers=self.peers,
+            rollout_ahead=args.rollout_ahead,
+            max_updates=lambda: self.state.max_steps,
         )
 
     def _make_reference(self) -> nn.Module | None:
@@ -204,8 +197,8 @@ class GRPOTrainer(Trainer):
     # ---- Rollouts
 
     def get_train_dataloader(self) -> RolloutStream:  # type: ignore[override]
-        """The rollout stream; a rollout that an earlier train() has left in it is not this one's."""
-        self.stream.rollout = None
+        """The rollout stream; rollouts that an earlier train() has left in it are not this one's."""
+        self.stream.reset()
         self._last_logged_step = 0
         return self.stream
 
@@ -222,6 +215,8 @@ class GRPOTrainer(Trainer):
         step = self.state.global_step + 1
         record_rollout(self.metrics, rollout, self.peers)
         record_forward(self.metrics, rollout, num_iterations=self.args.num_iterations)
+        if self.args.use_vllm:
+            self.metrics.mean("sampling/staleness", self.state.global_step - rollout.version)
         sizes = [(len(g.prompt.ids) * len(g.completions), sum(len(c.ids) for c in g.completions)) for g in rollout.groups]
         self.state.num_input_tokens_seen += sum(self.peers.gather(sum(map(sum, sizes))))
         if self.args.save_rollouts:
@@ -337,6 +332,7 @@ class GRPOTrainer(Trainer):
         args = self.args
         temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
         metrics: dict[str, float] = {}
+        self.stream.settle()
         self.sampler.engine.sync_weights()
         with self.metrics.phase("evaluate"):
             for name, prompts in parts.items():
@@ -365,7 +361,16 @@ class GRPOTrainer(Trainer):
     ) -> TrainOutput:
         """Trainer's; "auto" goes on from the newest whole checkpoint in output_dir, or starts anew."""
         checkpoint = resume_point(resume_from_checkpoint, Path(str(self.args.output_dir)))
-        return super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+        try:
+            return super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+        except EngineLostError:
+            self.stream.ahead = None  # it is lost with the engine
+            if self.state.global_step:
+                self._save_checkpoint(self.model, trial)
+                logger.error(f"saved step {self.state.global_step}; go on with --resume_from_checkpoint auto")
+            raise
+        finally:
+            self.sampler.engine.abort()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the steps since the last log measured; reward comes first."""

@@ -2,7 +2,6 @@
 
 NOT_FOR_TEXT = "this trainer is for text-only models"
 ONE_WAY = "there is one path here, so nothing to choose; leave it out"
-NO_SERVER = "vLLM runs in the training processes here; leave it out"
 
 TRL_ONLY: dict[str, str] = {
     "trust_remote_code": "put it into model_init_kwargs={'trust_remote_code': True}",
@@ -33,13 +32,8 @@ TRL_ONLY: dict[str, str] = {
     "use_transformers_paged": ONE_WAY,
     "max_prompt_length": "use overlong_prompts='drop'; TRL has dropped this name too",
     "vllm_model_impl": ONE_WAY,
-    "vllm_structured_outputs_regex": "score the form with a reward; leave it out",
-    "vllm_server_base_url": NO_SERVER,
-    "vllm_server_host": NO_SERVER,
-    "vllm_server_port": NO_SERVER,
-    "vllm_server_timeout": NO_SERVER,
-    "vllm_group_port": NO_SERVER,
     "vllm_max_model_length": "it follows from the longest prompt and max_completion_length; leave it out",
-    "vllm_tensor_parallel_size": "each process has an engine of its own and samples its own prompts; leave it out",
+    "vllm_tensor_parallel_size": "each process has an engine of its own; for a larger one: vllm_mode='server' and "
+    "grpo-hf serve --tensor-parallel-size",
     "vllm_importance_sampling_cap": "use vllm_importance_sampling_clip_max",
 }

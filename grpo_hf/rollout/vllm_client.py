@@ -1,0 +1,143 @@
+"""A vLLM server over HTTP: whether it is there, how it was started, and its routes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+HOW_TO_START = "start one with: grpo-hf serve MODEL (the model that is trained), or give its address as vllm_server_base_url"
+
+
+class ServerLostError(ConnectionError):
+    """The server did not answer, or its engine is dead; it may come back."""
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """How a server was started."""
+
+    version: str
+    """Of vLLM."""
+    model: str
+    """The name that requests give."""
+    dtype: str
+    """What it computes in, as torch names it: float32, bfloat16."""
+    max_model_len: int
+    """Tokens of prompt and completion at most."""
+    logprobs_mode: str
+    """See vllm_support.logprobs_mode."""
+    backend: str | None
+    """Of its weight transfer; None when it was started without one."""
+    max_lora_rank: int | None
+    """None when it was started without adapters."""
+    world_size: int
+    """Workers over all its parallel forms."""
+    extended: bool
+    """Whether its workers have the methods of vllm_plugin.WorkerExtension."""
+
+
+class VLLMClient:
+    """The routes of one server; safe to use from several threads."""
+
+    def __init__(self, base_url: str, *, timeout: float):
+        """``timeout``: seconds without an answer after which a server that may be starting is given up."""
+        self.base_url, self.timeout = base_url.rstrip("/"), timeout
+        self._open()
+
+    def _open(self) -> None:
+        # Sampling takes as long as it takes; whether the server is still there is asked beside it.
+        self._http = httpx.Client(
+            base_url=self.base_url,
+            timeout=httpx.Timeout(10.0, read=None, pool=None),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=4),  # servers drop idle ones after 5 seconds
+            trust_env=False,
+        )
+
+    def close(self) -> None:
+        """End every request in progress with ServerLostError."""
+        self._http.close()
+
+    def reopen(self) -> None:
+        """Give up what is in progress and go on with new connections."""
+        self.close()
+        self._open()
+
+    def post(self, path: str, body: Any = None, **options: Any) -> Any:
+        """POST JSON, and the JSON of the answer. Raises ServerLostError, and ValueError with what a server refused."""
+        return self._answer("POST", path, json=body, **options)
+
+    def get(self, path: str, **options: Any) -> Any:
+        """The same for GET."""
+        return self._answer("GET", path, **options)
+
+    def _answer(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            response = self._http.request(method, path, **options)
+        except (httpx.TransportError, RuntimeError) as error:  # RuntimeError: closed in the meantime
+            raise ServerLostError(f"{self.base_url}{path}: {error!r}") from error
+        if response.status_code >= 500:
+            raise ServerLostError(f"{self.base_url}{path} answered {response.status_code}: {response.text[:1000]}")
+        if response.status_code >= 400:
+            raise ValueError(f"{self.base_url}{path} answered {response.status_code}: {response.text[:1000]}")
+        is_json = response.headers.get("content-type", "").startswith("application/json")
+        return response.json() if is_json else None  # others are empty, or say "Success"
+
+    def is_up(self) -> bool:
+        """Whether it answers, with its engine alive, within 5 seconds."""
+        try:
+            self.get("/health", timeout=5.0)
+        except ServerLostError:
+            return False
+        return True
+
+    def wait_until_up(self) -> bool:
+        """Ask again and again, more and more seldom, for at most ``timeout`` seconds."""
+        deadline, pause, told = time.monotonic() + self.timeout, 0.1, False
+        while not self.is_up():
+            if time.monotonic() + pause > deadline:
+                return False
+            if not told:
+                logger.warning(f"waiting up to {self.timeout:.0f} s for the vLLM server at {self.base_url}")
+                told = True
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+        return True
+
+    def unreachable(self) -> str:
+        """What to say when it has not come up."""
+        return (
+            f"no vLLM server has answered at {self.base_url} for {self.timeout:.0f} s (vllm_server_timeout); {HOW_TO_START}"
+        )
+
+    def info(self) -> ServerInfo:
+        """How the server was started; ValueError when it was not started for training."""
+        try:
+            settings = self.get("/server_info", params={"config_format": "json"})["vllm_config"]
+            world_size = self.get("/get_world_size")["world_size"]
+        except ValueError as error:
+            raise ValueError(
+                f"the vLLM server at {self.base_url} was started without VLLM_SERVER_DEV_MODE=1, so it cannot be given "
+                f"weights; {HOW_TO_START}"
+            ) from error
+        transfer, lora = settings["weight_transfer_config"] or {}, settings["lora_config"] or {}
+        return ServerInfo(
+            version=self.get("/version")["version"],
+            model=self.get("/v1/models")["data"][0]["id"],
+            dtype=settings["model_config"]["dtype"].removeprefix("torch."),
+            max_model_len=settings["model_config"]["max_model_len"],
+            logprobs_mode=settings["model_config"]["logprobs_mode"],
+            backend=transfer.get("backend"),
+            max_lora_rank=lora.get("max_lora_rank"),
+            world_size=world_size,
+            extended="grpo_hf" in str(settings["parallel_config"]["worker_extension_cls"]),
+        )
+
+    def weight_version(self) -> str:
+        """The name that the last weight sync left; "default" on a server that has just started."""
+        return self.get("/weight_info", timeout=60.0)["weight_version"]

@@ -1,0 +1,267 @@
+"""vLLM as a server: groups over HTTP, one request each, from weights that are proved to be the trainer's."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from grpo_hf.rollout.engine import EngineLostError, Sampling
+from grpo_hf.rollout.planning import ALONE, Peers
+from grpo_hf.rollout.vllm_client import HOW_TO_START, ServerInfo, ServerLostError, VLLMClient
+from grpo_hf.rollout.vllm_support import (
+    check_context,
+    check_request,
+    check_sampling,
+    check_version,
+    comparable_logprobs,
+    has_filters,
+    logprobs_mode,
+    lora_options,
+    request_options,
+)
+from grpo_hf.rollout.weight_sync import EngineWeights, WeightSync, save_adapter
+from grpo_hf.rollout.weight_transfer import make_transfer, roomy_folder
+from grpo_hf.types import Completion
+
+logger = logging.get_logger(__name__)
+
+AT_A_TIME = 512
+"""Groups of one process that are with the server at a time."""
+LOOK_EVERY = 10.0
+"""Seconds without a finished group after which the server is asked whether it is still there."""
+TRIES = 3
+"""Weight syncs that a server which stays up may fail."""
+
+
+class VLLMServerEngine:
+    """Samples this process's prompts on a server that all processes share.
+
+    Process 0 hands the server weights, under a name that no other sync has. A group counts only if the server still has
+    that name after the group has arrived: a server that was started anew has lost it. Groups that were under way when the
+    server went are sampled again, with the same seeds, once it is back and has the weights.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        *,
+        base_url: str,
+        timeout: float,
+        version: Callable[[], int],
+        sampling: Sampling,
+        max_prompt_length: int,
+        dtype: torch.dtype | None = None,
+        lora_sync: str = "merge",
+        weights_folder: str | None = None,
+        group_port: int = 51216,
+        peers: Peers = ALONE,
+    ):
+        """As VLLMEngine. ``timeout``: seconds that the server may stay away. ``weights_folder``: where files that server
+        and trainer both see are written; ``group_port``: for NCCL. Raises EngineLostError when there is no server."""
+        self.client, self.peers, self.folder = VLLMClient(base_url, timeout=timeout), peers, weights_folder
+        lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        check_context(lm.config, max_prompt_length + sampling.max_completion_length)
+        check_sampling(sampling)
+        self.filtered = has_filters(sampling)
+        self.weights = WeightSync(model, dtype or lm.dtype, version, lora_sync)
+        self._wait_until_up()
+        self.info = self.client.info()
+        check_server(self.info, base_url, self.weights, sampling, max_prompt_length)
+        self.transfer = make_transfer(self.client, self.info, folder=weights_folder, port=group_port)
+        self.run = uuid.uuid4().hex
+        self.adapter: str | None = None
+        self.threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="vllm")
+
+    # ---- Weights
+
+    def sync_weights(self) -> None:
+        """Bring the server to the trainer's current weights; does nothing when it has them."""
+        for attempt in range(1, TRIES + 1):
+            problem = self._try_sync()
+            problems = [text for text in self.peers.gather(problem) if text]
+            if not problems:
+                return
+            self.weights.forget()
+            self.transfer.forget()
+            if attempt == TRIES:
+                raise EngineLostError(f"the vLLM server at {self.client.base_url} did not take weights: {problems[0]}")
+            self._wait_until_up()
+
+    def _try_sync(self) -> str | None:
+        try:
+            self.weights.run(self._load, self._load_adapter)
+        except (OSError, ValueError) as error:  # the other processes must hear of it
+            return str(error)
+        return None
+
+    def _load(self, weights: EngineWeights) -> None:
+        if self.peers.rank == 0:
+            self.transfer.send(weights)
+            self._name_weights()
+        elif self.weights.sharded:
+            for _ in weights:  # every process has to take part in putting them together
+                pass
+
+    def _load_adapter(self, weights: dict[str, Tensor]) -> None:
+        before, self.adapter = self.adapter, f"{self.run}-{self.weights.version()}-{uuid.uuid4().hex[:8]}"
+        self.adapter = self.peers.gather(self.adapter)[0]
+        if self.peers.rank > 0:
+            return
+        size = sum(tensor.nbytes for tensor in weights.values())
+        with tempfile.TemporaryDirectory(prefix="grpo_hf_", dir=self.folder or roomy_folder(size)) as folder:
+            save_adapter(self.weights.model, weights, Path(folder))
+            self.client.post("/v1/load_lora_adapter", {"lora_name": self.adapter, "lora_path": folder})
+        if before is not None and self.client.weight_version() == self._name():
+            self.client.post("/v1/unload_lora_adapter", {"lora_name": before})
+        self._name_weights()
+
+    def _name_weights(self) -> None:
+        self.client.post("/reset_prefix_cache")  # keys and values of the old weights would be taken for the new ones'
+        self.client.post("/update_weight_version", {"new_version": self._name()})
+
+    def _name(self) -> str:
+        update, writes = self.weights.current()
+        return f"{self.run}/{update}/{writes}"
+
+    # ---- Samples
+
+    def sample(
+        self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """See Engine.sample: the server works from now on. Raises StaleEngineError when the trainer's weights have changed
+        since sync_weights, and EngineLostError when the server stays away."""
+        self.weights.check()
+        check_request(prompts, sampling, self.info.max_model_len)
+        ask = _Ask(self, sampling, num_generations)
+        asked = {
+            self.threads.submit(ask, ids, seed): number
+            for number, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))
+        }
+        return self._collect(asked, ask, prompts, seeds)
+
+    def _collect(
+        self, asked: dict[Future, int], ask: _Ask, prompts: list[list[int]], seeds: list[int]
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        while True:
+            lost = []
+            for future in self._as_completed(set(asked)):
+                completions = future.result()
+                if completions is None:
+                    lost.append(asked[future])
+                else:
+                    yield asked[future], completions
+            # The others must know: the server gets its weights from all processes together.
+            if not any(self.peers.gather(len(lost))):
+                return
+            logger.warning(f"the vLLM server at {self.client.base_url} was lost; {len(lost)} groups are sampled again")
+            self._wait_until_up()
+            self.weights.forget()
+            self.transfer.forget()
+            self.sync_weights()
+            ask.version = self._name()
+            asked = {self.threads.submit(ask, prompts[number], seeds[number]): number for number in lost}
+
+    def _as_completed(self, futures: set[Future]) -> Iterator[Future]:
+        """As concurrent.futures has it, with an eye on a server that has gone without a word."""
+        while futures:
+            done, futures = wait(futures, timeout=LOOK_EVERY, return_when=FIRST_COMPLETED)
+            yield from done
+            if not done and not self.client.is_up() and not self.client.wait_until_up():
+                self.client.reopen()
+
+    def _wait_until_up(self) -> None:
+        """All processes together, so that either all go on or all stop."""
+        if not all(self.peers.gather(self.client.wait_until_up())):
+            raise EngineLostError(self.client.unreachable())
+
+    def abort(self) -> None:
+        """Give up what is being sampled; the server notices that nobody waits for it."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        self.threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="vllm")
+        self.client.reopen()
+
+
+class _Ask:
+    """One request a group: its completions, or None when the server was lost or has other weights."""
+
+    def __init__(self, engine: VLLMServerEngine, sampling: Sampling, num_generations: int):
+        self.client, self.version = engine.client, engine._name()
+        self.comparable = comparable_logprobs(sampling, filtered=engine.filtered)
+        self.body = request_options(sampling) | {
+            "model": engine.adapter or engine.info.model,
+            "n": num_generations,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,  # no text where only numbers are read
+            "add_special_tokens": False,
+        }
+        if engine.filtered:
+            self._divide_logits(engine, sampling.temperature)
+
+    def _divide_logits(self, engine: VLLMServerEngine, temperature: float) -> None:
+        """The temperature in the logits, see logprobs_mode."""
+        if engine.info.extended:
+            self.client.post("/collective_rpc", {"method": "grpo_hf_divide_logits", "args": [str(temperature or 1.0)]})
+            self.body["temperature"] = 0.0 if temperature == 0 else 1.0
+
+    def __call__(self, ids: list[int], seed: int) -> list[Completion] | None:
+        try:
+            answer = self.client.post("/v1/completions", self.body | {"prompt": ids, "seed": seed})
+            return [self._completion(choice) for choice in answer["choices"]] if self._is_current() else None
+        except ServerLostError:
+            return None
+        except ValueError:
+            if self._is_current():
+                raise
+            return None
+
+    def _is_current(self) -> bool:
+        try:
+            return self.client.weight_version() == self.version
+        except ServerLostError:
+            return False
+
+    def _completion(self, choice: dict[str, Any]) -> Completion:
+        return Completion(
+            ids=choice["token_ids"],
+            truncated=choice["finish_reason"] == "length",
+            rollout_logprobs=choice["logprobs"]["token_logprobs"] if self.comparable else None,
+        )
+
+
+def check_server(info: ServerInfo, url: str, weights: WeightSync, sampling: Sampling, max_prompt_length: int) -> None:
+    """Raise ValueError for a server that was started otherwise than this run needs, with what to start it with."""
+    check_version(info.version, f"the vLLM server at {url}")
+    needed, dtype = max_prompt_length + sampling.max_completion_length, str(weights.dtype).removeprefix("torch.")
+    wrong = []
+    if info.max_model_len < needed:
+        wrong.append(
+            f"it was started for {info.max_model_len} tokens, but the longest prompt and max_completion_length make "
+            f"{needed}: --max-model-len {needed}"
+        )
+    if info.dtype != dtype:
+        wrong.append(f"it computes in {info.dtype}, the trainer in {dtype}: --dtype {dtype}")
+    if info.logprobs_mode != logprobs_mode(sampling) and (sampling.temperature != 1 or has_filters(sampling)):
+        wrong.append(
+            f"it gives {info.logprobs_mode}, which with this temperature or these filters are of another distribution than "
+            f"the one that is trained: --logprobs-mode {logprobs_mode(sampling)}"
+        )
+    if has_filters(sampling) and sampling.temperature != 1 and not info.extended:
+        wrong.append(
+            "filters and a temperature together need --worker-extension-cls grpo_hf.rollout.vllm_plugin.WorkerExtension"
+        )
+    if weights.adapter_only:
+        rank = lora_options(weights.model)["max_lora_rank"]
+        if (info.max_lora_rank or 0) < rank:
+            wrong.append(f"vllm_lora_sync='adapter' needs room for an adapter: --enable-lora --max-lora-rank {rank}")
+    if wrong:
+        raise ValueError(f"the vLLM server at {url} cannot sample for this run: {'; '.join(wrong)}. {HOW_TO_START}")

@@ -1,0 +1,161 @@
+"""How weights reach a vLLM server: through vLLM's own weight transfer, over NCCL or by a file that both sides see."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from grpo_hf.rollout.vllm_client import HOW_TO_START, ServerInfo, ServerLostError, VLLMClient
+from grpo_hf.rollout.vllm_plugin import FILE_BACKEND
+from grpo_hf.rollout.weight_sync import EngineWeights
+
+PIECE_BYTES = 2**30
+"""Weights are put together and written this many bytes at a time."""
+
+
+class WeightTransfer(Protocol):
+    """One way of handing weights to a server."""
+
+    def send(self, weights: EngineWeights) -> None:
+        """Load them on every worker; raises ServerLostError."""
+
+    def forget(self) -> None:
+        """The server has been started anew."""
+
+
+class FileTransfer:
+    """Writes safetensors files, in memory where there is room, which the server's workers map and load."""
+
+    def __init__(self, client: VLLMClient, info: ServerInfo, folder: str | None, port: int):
+        self.client, self.folder = client, folder
+        self.forget()
+
+    def send(self, weights: EngineWeights) -> None:
+        """Piece by piece; the last one's room is given back first."""
+        start_update(self.client)
+        for piece in pieces(weights, PIECE_BYTES):
+            size = sum(tensor.nbytes for tensor in piece.values())
+            with tempfile.TemporaryDirectory(prefix="grpo_hf_", dir=self.folder or roomy_folder(size)) as folder:
+                path = Path(folder, "weights.safetensors")
+                save_file({name: tensor.cpu().contiguous() for name, tensor in piece.items()}, path)
+                self.client.post("/update_weights", {"update_info": {"path": str(path)}})
+        self.client.post("/finish_weight_update")
+
+    def forget(self) -> None:
+        """Nothing was agreed on."""
+
+
+class NCCLTransfer:
+    """Broadcasts from the trainer's GPU to the server's, with vLLM's own code on both sides."""
+
+    def __init__(self, client: VLLMClient, info: ServerInfo, folder: str | None, port: int):
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "the vLLM server takes weights over NCCL, but the trainer has no GPU, and NCCL's calls do nothing without "
+                f"one; {HOW_TO_START}"
+            )
+        self.client, self.world_size, self.port = client, info.world_size + 1, port
+        self.engine: Any = None
+
+    def send(self, weights: EngineWeights) -> None:
+        """vLLM's own trainer side drives the update."""
+        import requests
+
+        source = _source(weights)
+        if self.engine is None:
+            self.engine = self._connect(source)
+        self.engine.source = source
+        try:
+            self.engine.send_weights()
+        except (requests.RequestException, RuntimeError) as error:
+            raise ServerLostError(f"weights could not be sent over NCCL: {error!r}") from error
+
+    def _connect(self, source: Any) -> Any:
+        from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+
+        address = own_address(self.client.base_url)
+        return NCCLTrainerWeightTransferEngine.trainer_init(
+            NCCLTrainerInitInfo(master_address=address, master_port=self.port, world_size=self.world_size, rank=0),
+            client=HTTPVLLMWeightSyncClient(self.client.base_url, timeout=self.client.timeout),
+            source=source,
+        )
+
+    def forget(self) -> None:
+        """The communicator went with the server."""
+        if self.engine is not None:
+            self.engine.shutdown()
+            self.engine = None
+
+
+def _source(weights: EngineWeights) -> Any:
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class Source(WeightSource):
+        def metadata(self) -> list[Any]:
+            return [ParamMeta(name, weights.dtype, shape) for name, shape in weights.shapes().items()]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return iter(weights)
+
+    return Source()
+
+
+TRANSFERS: dict[str | None, Callable[..., WeightTransfer]] = {"nccl": NCCLTransfer, FILE_BACKEND: FileTransfer}
+"""By the backend that the server was started with."""
+
+
+def make_transfer(client: VLLMClient, info: ServerInfo, *, folder: str | None, port: int) -> WeightTransfer:
+    """The transfer that fits the server; ValueError when there is none."""
+    if info.backend not in TRANSFERS:
+        raise ValueError(
+            f"the vLLM server at {client.base_url} has the weight transfer backend {info.backend!r}, not one of "
+            f"{', '.join(map(str, TRANSFERS))}; {HOW_TO_START}"
+        )
+    return TRANSFERS[info.backend](client, info, folder, port)
+
+
+def start_update(client: VLLMClient) -> None:
+    """Begin a weight update; one that a killed trainer has left open is ended first."""
+    client.post("/init_weight_transfer_engine", {"init_info": {}})
+    try:
+        client.post("/start_weight_update")
+    except ServerLostError:
+        client.post("/finish_weight_update")
+        client.post("/start_weight_update")
+
+
+def pieces(weights: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Consecutive tensors together as long as they have at most ``limit`` bytes."""
+    piece: dict[str, Tensor] = {}
+    for name, tensor in chain(weights, [("", None)]):
+        if piece and (tensor is None or sum(held.nbytes for held in piece.values()) + tensor.nbytes > limit):
+            yield piece
+            piece = {}
+        if tensor is not None:
+            piece[name] = tensor
+
+
+def roomy_folder(size: int) -> str:
+    """A folder in memory with room for this many bytes, or else the usual one for temporary files."""
+    in_memory = Path("/dev/shm")
+    roomy = in_memory.is_dir() and shutil.disk_usage(in_memory).free > size + 2**26
+    return str(in_memory) if roomy else tempfile.gettempdir()
+
+
+def own_address(base_url: str) -> str:
+    """This machine's address as the server's machine sees it."""
+    server = urlsplit(base_url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting sends nothing
+        probe.connect((server.hostname or "127.0.0.1", server.port or 80))
+        return probe.getsockname()[0]

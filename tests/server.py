@@ -1,0 +1,84 @@
+"""A vLLM server for the tests, started as users start one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.tiny import tiny_tokenizer
+from tests.tiny_vllm import vllm_model
+
+
+class Server:
+    """`grpo-hf serve` of a tiny model, whose weights are not the trainer's."""
+
+    def __init__(self, folder: Path, *options: str):
+        self.folder, self.options = folder, options
+        model = vllm_model(tied=True, seed=99)
+        model.save_pretrained(folder / "model")
+        tiny_tokenizer().save_pretrained(folder / "model")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Without waiting for it."""
+        program = "import sys; from grpo_hf.cli import main; main(sys.argv[1:])"
+        size = ["--dtype", "float32", "--max-model-len", "62", "--kv-cache-memory-bytes", "100000000"]
+        self.log = (self.folder / "server.log").open("ab")
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                program,
+                "serve",
+                str(self.folder / "model"),
+                "--port",
+                str(self.port),
+                *size,
+                *self.options,
+            ],
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"},
+            start_new_session=True,
+        )
+
+    def wait(self, seconds: float = 300) -> None:
+        """Until it answers."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError((self.folder / "server.log").read_text()[-3000:])
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        """As a machine that goes down."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> list[psutil.Process]:
+        """As a user who presses Ctrl-C; those of its processes that are left after it."""
+        started = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(60)
+        return psutil.wait_procs(started, timeout=10)[1]
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        """Of a trainer that samples here."""
+        return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": self.url, "vllm_server_timeout": 120} | more

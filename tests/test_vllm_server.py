@@ -1,0 +1,216 @@
+"""vLLM as a server: what it samples and from which weights, a whole run, and a server that dies and comes back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from grpo_hf.cli.serve import check_port
+from grpo_hf.rollout.engine import EngineLostError, Sampling
+from grpo_hf.rollout.vllm_client import VLLMClient
+from grpo_hf.rollout.vllm_server import VLLMServerEngine
+from grpo_hf.rollout.weight_sync import StaleEngineError
+from grpo_hf.rollout.weight_transfer import start_update
+from grpo_hf.types import Completion
+from tests.runs import AfterStep, logs, lora, values
+from tests.server import Server
+from tests.test_vllm_training import vllm_trainer
+from tests.tiny_vllm import PROMPTS, SAMPLING, SEEDS, difference, update, vllm_model, with_lora
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Stopped with Ctrl-C, which leaves no process."""
+    server = Server(tmp_path_factory.mktemp("server"), "--enable-lora", "--max-lora-rank", "8")
+    server.start()
+    server.wait()
+    yield server
+    assert server.stop() == []
+
+
+def engine_of(server: Server, model: nn.Module, sampling: Sampling = SAMPLING, **options: Any) -> VLLMServerEngine:
+    settings = {"version": lambda: 0, "timeout": 60.0, "sampling": sampling, "max_prompt_length": 40} | options
+    return VLLMServerEngine(model, base_url=server.url, **settings)
+
+
+def sample(engine: VLLMServerEngine, sampling: Sampling = SAMPLING) -> list[list[Completion]]:
+    """The groups, in order."""
+    groups = dict(engine.sample(PROMPTS, SEEDS, 4, sampling))
+    return [groups[number] for number in range(len(PROMPTS))]
+
+
+def ids(groups: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[completion.ids for completion in group] for group in groups]
+
+
+@pytest.mark.parametrize("form", ["full", "lora, merge", "lora, adapter"])
+def test_after_a_sync_the_servers_logprobs_are_the_trainers(server: Server, form: str) -> None:
+    """Invariant 5, after 1, 10 and 100 updates."""
+    model: Any = vllm_model(tied=True, seed=2)
+    model = model if form == "full" else with_lora(model)
+    engine = engine_of(server, model, lora_sync=form.removeprefix("lora, ") if "lora" in form else "merge")
+    engine.sync_weights()
+    worst, done = 0.0, 0
+    for updates in (1, 10, 100):
+        before = sample(engine)
+        update(model, updates - done)
+        done = updates
+        with pytest.raises(StaleEngineError, match="sync_weights"):
+            sample(engine)
+        engine.sync_weights()
+        assert difference(model, PROMPTS, before, 1.0) > 0.01, "the updates changed nothing"
+        for temperature in (1.0, 0.7):
+            groups = sample(engine, replace(SAMPLING, temperature=temperature))
+            worst = max(worst, difference(model, PROMPTS, groups, temperature))
+            assert worst < 1e-3, f"after {updates} updates, temperature {temperature}"
+    print(f"\nserver, {form}: largest difference {worst:.1e}")
+
+
+def test_weights_that_are_no_longer_the_trainers_are_not_sampled_from(server: Server) -> None:
+    """Somebody else's sync, or a restart, takes the name away; the groups are sampled again after a new sync."""
+    model = vllm_model(tied=True, seed=3)
+    engine = engine_of(server, model)
+    engine.sync_weights()
+    expected = ids(sample(engine))
+    other = engine_of(server, vllm_model(tied=True, seed=4))
+    other.sync_weights()
+    assert ids(sample(engine)) == expected
+    other.weights.forget()
+    other.sync_weights()
+    assert ids(sample(other)) != expected
+
+
+def test_a_sync_that_a_killed_trainer_has_left_open_is_ended(server: Server) -> None:
+    start_update(VLLMClient(server.url, timeout=5))
+    model = vllm_model(tied=True, seed=3)
+    engine = engine_of(server, model)
+    engine.sync_weights()
+    assert difference(model, PROMPTS, sample(engine), 1.0) < 1e-3
+
+
+def test_stop_strings_and_structured_outputs(server: Server) -> None:
+    engine = engine_of(server, vllm_model(tied=True, seed=3))
+    engine.sync_weights()
+    free, stopped = sample(engine), sample(engine, replace(SAMPLING, stop_strings=("w4", "w7")))
+    ends = {token for token in range(97) if str(token)[0] in "47"}
+    for before, after in zip(chain(*free), chain(*stopped), strict=True):
+        first = next((place for place, token in enumerate(before.ids) if token in ends), None)
+        assert after.ids == before.ids[: None if first is None else first + 1]
+    eos = SAMPLING.stop_token_ids[-1:]
+    (group,) = dict(engine.sample([[5]], [1], 8, replace(SAMPLING, stop_token_ids=eos, regex="(w1|w2)+"))).values()
+    assert {token for item in group for token in item.ids} <= {1, 2, *eos}
+    assert all(item.rollout_logprobs is None for item in group)  # they would be those under the grammar
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_prompt_length": 43}, "started for 62 tokens.* make 63: --max-model-len 63"),
+        ({"dtype": torch.bfloat16}, "computes in float32, the trainer in bfloat16: --dtype bfloat16"),
+        ({"sampling": replace(SAMPLING, top_p=0.9)}, "--logprobs-mode raw_logprobs"),
+    ],
+    ids=["context", "dtype", "filters"],
+)
+def test_a_server_that_was_started_otherwise_is_refused(server: Server, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine_of(server, vllm_model(tied=True), **options)
+
+
+def test_a_port_that_is_taken_is_refused(server: Server) -> None:
+    with pytest.raises(ValueError, match=f"127.0.0.1:{server.port}.*choose another with --port"):
+        check_port("127.0.0.1", server.port)
+
+
+def test_no_server_is_refused_with_how_to_start_one() -> None:
+    with pytest.raises(EngineLostError, match=r"no vLLM server .* at http://127.0.0.1:9 for 1 s .*grpo-hf serve"):
+        VLLMServerEngine(
+            vllm_model(), base_url="http://127.0.0.1:9", timeout=1, version=lambda: 0, sampling=SAMPLING, max_prompt_length=4
+        )
+
+
+def even(completion: str) -> float:
+    """The share of even words."""
+    words = completion.split()
+    return sum(int(word.removeprefix("w")) % 2 == 0 for word in words) / max(len(words), 1)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_reward_rises(server: Server, tmp_path: Path, ahead: int) -> None:
+    settings = {"max_steps": 25, "learning_rate": 0.01, "num_generations": 8, "per_device_train_batch_size": 32}
+    trainer = vllm_trainer(tmp_path, reward=even, seed=3, **server.settings(**settings, rollout_ahead=ahead))
+    trainer.train()
+    rewards = values(trainer, "reward")
+    print(f"\nahead {ahead}: reward {rewards[0]:.2f} -> {sum(rewards[-5:]) / 5:.2f}")
+    assert sum(rewards[-5:]) / 5 > rewards[0] + 0.2
+    # A step whose groups all agree has nothing to compare.
+    worst = max(line.get("sampling/sampling_logp_difference/max", 0.0) for line in logs(trainer))
+    assert (worst < 1e-3) is (ahead == 0)
+    assert values(trainer, "sampling/staleness") == [0] + [ahead] * 24
+
+
+def test_the_samples_are_those_of_vllm_in_process(server: Server, tmp_path: Path) -> None:
+    """The same prompts, seeds and weights, so the same first rollout whatever samples it."""
+    first = []
+    for settings in (server.settings(), {"use_vllm": True}):
+        trainer = vllm_trainer(tmp_path, max_steps=1, **settings)
+        trainer.train()
+        first.append(ids([group.completions for group in trainer.stream.rollout.groups]))
+    assert first[0] == first[1]
+
+
+def test_lora_by_its_adapter_alone(server: Server, tmp_path: Path) -> None:
+    trainer = vllm_trainer(
+        tmp_path, max_steps=4, learning_rate=0.01, peft_config=lora(), **server.settings(vllm_lora_sync="adapter")
+    )
+    trainer.train()
+    assert max(values(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+
+
+def test_a_killed_server_costs_no_prompt(server: Server, tmp_path: Path) -> None:
+    """SIGKILL in mid-rollout: once it is back it gets the weights again, and the run is the one that had no fault."""
+    expected = vllm_trainer(tmp_path / "whole", max_steps=4, learning_rate=0.01, **server.settings())
+    expected.train()
+
+    def kill_and_restart() -> None:
+        time.sleep(0.05)  # requests are on their way
+        server.kill()
+        server.start()
+
+    def at_step(state: Any, model: nn.Module) -> None:
+        if state.global_step == 2:
+            threading.Thread(target=kill_and_restart).start()
+
+    trainer = vllm_trainer(
+        tmp_path / "killed", max_steps=4, learning_rate=0.01, callbacks=[AfterStep(at_step)], **server.settings()
+    )
+    trainer.train()
+    for name in ("reward", "loss", "completions/mean_length"):
+        assert values(trainer, name) == pytest.approx(values(expected, name), rel=1e-4)
+
+
+def test_a_server_that_stays_away_stops_the_run_with_its_work_saved(server: Server, tmp_path: Path) -> None:
+    """And the run goes on from there once there is one again."""
+
+    def kill(state: Any, model: nn.Module) -> None:
+        if state.global_step == 2:
+            server.kill()
+
+    settings = server.settings(max_steps=4, learning_rate=0.01, vllm_server_timeout=2, save_strategy="no")
+    with pytest.raises(EngineLostError, match="no vLLM server"):
+        vllm_trainer(tmp_path, callbacks=[AfterStep(kill)], **settings).train()
+    server.start()
+    server.wait()
+    trainer = vllm_trainer(tmp_path, **settings | {"vllm_server_timeout": 60})
+    trainer.train(resume_from_checkpoint="auto")
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [1, 2, 3, 4]
