@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grpo_hf.packing.attention import block_mask
-from grpo_hf.rewards import get_rewards
+from grpo_hf.rewards import Scorer, get_rewards
 from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.planning import Peers, Plan
 from grpo_hf.rollout.prompts import PromptOrder, load_prompts
@@ -53,7 +53,7 @@ class Run:
         self.stream = RolloutStream(
             prompts=load_prompts(PROMPTS, tokenizer),
             order=PromptOrder(num_prompts=7, prompts_per_rollout=2, seed=0),
-            sampler=GroupSampler(self.engine, tokenizer, get_rewards(even_words), [1.0]),
+            sampler=GroupSampler(self.engine, tokenizer, Scorer(get_rewards(even_words))),
             sampling=Sampling(max_completion_length=3, stop_token_ids=(90,)),
             num_generations=4,
             plan=Plan("centered", updates, "packed", 100, max_completion_length=3, keep_zero_signal=True),
@@ -176,7 +176,7 @@ def test_state_keeps_what_the_first_pass_left_behind() -> None:
 def test_ahead_by_one(updates: int) -> None:
     """The next rollout has the weights from before this one is trained on; the prompts and seeds are the same as ever."""
     run, plain, versions = Run(updates=updates, rollout_ahead=1, max_updates=lambda: 3 * updates), Run(updates=updates), []
-    for item in run.epoch():
+    for _item in run.epoch():
         rollout = run.stream.rollout
         assert rollout is not None
         versions.append(run.finished - rollout.version)

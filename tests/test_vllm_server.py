@@ -23,7 +23,7 @@ from grpo_hf.rollout.weight_transfer import start_update
 from grpo_hf.types import Completion
 from tests.runs import AfterStep, logs, lora, values
 from tests.server import Server
-from tests.test_vllm_training import vllm_trainer
+from tests.test_vllm_training import check_two_processes, vllm_trainer
 from tests.tiny_vllm import PROMPTS, SAMPLING, SEEDS, difference, update, vllm_model, with_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -167,6 +167,10 @@ def test_the_samples_are_those_of_vllm_in_process(server: Server, tmp_path: Path
         trainer.train()
         first.append(ids([group.completions for group in trainer.stream.rollout.groups]))
     assert first[0] == first[1]
+
+
+def test_two_processes_share_the_server(server: Server, tmp_path: Path) -> None:
+    check_two_processes(tmp_path, **server.settings())
 
 
 def test_lora_by_its_adapter_alone(server: Server, tmp_path: Path) -> None:

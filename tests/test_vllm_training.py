@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig
 
 from grpo_hf.algorithm.objective import Objective
+from grpo_hf.cli.train import main
 from grpo_hf.rollout.vllm_engine import VLLMEngine
 from grpo_hf.training.trainer import GRPOTrainer
 from tests.tiny import Gradients, relative_error, tiny_trainer
@@ -99,30 +101,38 @@ def test_the_reward_rises(tmp_path: Path, lora: bool) -> None:
 
 
 def test_two_processes_sample_and_train_as_one(tmp_path: Path) -> None:
-    """The same samples and, up to the order of sums, the same gradient."""
-    command = ["-m", "tests.test_vllm_training", str(tmp_path)]
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "accelerate_configs/cpu_2proc.yaml",
-        "--main_process_port",
-        "0",
-    ]
-    done = subprocess.run(
-        [sys.executable, *launch, *command], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1]
-    )
+    check_two_processes(tmp_path)
+
+
+def test_the_recipe_that_make_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut down to two steps."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    small = {"model_options": {"warm_up_until": 0.0}, "dataset_options": {"train": 16, "held_out": 4}, "max_steps": 2}
+    small |= {"per_device_train_batch_size": 8, "num_generations": 4, "output_dir": str(tmp_path), "disable_tqdm": True}
+    recipe = yaml.safe_load(Path("recipes/sorting_lm.yaml").read_text())
+    assert recipe["use_vllm"] is True
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | small))
+    assert main([str(tmp_path / "recipe.yaml")]) == 0
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
+    assert first["sampling/staleness"] == 0
+
+
+def check_two_processes(folder: Path, **settings: Any) -> None:
+    """The same samples as those of one and, up to the order of sums, the same gradient."""
+    launch = ["accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2proc.yaml", "--main_process_port", "0"]
+    command = [sys.executable, "-m", *launch, "-m", "tests.test_vllm_training", str(folder), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]
-    sampled = json.loads((tmp_path / "0.json").read_text()) + json.loads((tmp_path / "1.json").read_text())
-    alone, gradient = one_step(tmp_path, 16)
+    sampled = json.loads((folder / "0.json").read_text()) + json.loads((folder / "1.json").read_text())
+    alone, gradient = one_step(folder, 16, **settings)
     assert sampled == alone
-    assert relative_error(torch.load(tmp_path / "0.pt"), gradient) < 1e-4
+    assert relative_error(torch.load(folder / "0.pt"), gradient) < 1e-4
 
 
-def one_step(folder: Path, batch: int) -> tuple[list, dict[str, torch.Tensor]]:
+def one_step(folder: Path, batch: int, **settings: Any) -> tuple[list, dict[str, torch.Tensor]]:
     """Ids of this process's completions, and the gradient."""
     kept = Gradients()
-    trainer = vllm_trainer(folder, callbacks=[kept], shuffle_dataset=False, per_device_train_batch_size=batch)
+    trainer = vllm_trainer(folder, callbacks=[kept], shuffle_dataset=False, per_device_train_batch_size=batch, **settings)
     groups = []
     on_rollout = trainer.stream.on_rollout
     trainer.stream.on_rollout = lambda rollout: (groups.extend(rollout.groups), on_rollout(rollout))[1]
@@ -132,7 +142,7 @@ def one_step(folder: Path, batch: int) -> tuple[list, dict[str, torch.Tensor]]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    completions, gradient = one_step(folder, 8)
+    completions, gradient = one_step(folder, 8, **json.loads(sys.argv[2]))
     rank = torch.distributed.get_rank()
     (folder / f"{rank}.json").write_text(json.dumps(completions))
     torch.save(gradient, folder / f"{rank}.pt")

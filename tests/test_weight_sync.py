@@ -1,13 +1,29 @@
-"""What an engine is sent: names and values, for all weights and for adapters; and what cannot be sent."""
+"""What an engine is sent: names and values, for all weights and for adapters; and what cannot be sent.
+
+As a script under `accelerate launch` it compares what is sent of a model before and after FSDP2 has cut it up.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from grpo_hf.rollout.weight_sync import StaleEngineError, WeightSync, check_adapter, EngineWeights
+from grpo_hf.rollout.weight_sync import (
+    EngineWeights,
+    StaleEngineError,
+    WeightSync,
+    adapter_weights,
+    check_adapter,
+    save_adapter,
+)
 from tests.tiny import tiny_model
 
 
@@ -107,3 +123,50 @@ def test_other_adapters_and_tied_heads_are_refused() -> None:
         check_adapter(lora("qwen2", target_modules=["q_proj", "embed_tokens"]))
     check_adapter(lora("llama", target_modules=["q_proj", "lm_head"]))
     check_adapter(lora(init_lora_weights="olora"))
+
+
+def test_an_adapter_is_saved_as_peft_saves_it(tmp_path: Path) -> None:
+    """But for its initialization, which is done with; and its tensors are copies."""
+    model = lora(init_lora_weights="olora")
+    weights = adapter_weights(model)
+    assert {value.data_ptr() for value in weights.values()}.isdisjoint(p.data_ptr() for p in model.parameters())
+    save_adapter(model, weights, tmp_path)
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert loaded.peft_config["default"].init_lora_weights is True
+    again = adapter_weights(loaded)
+    assert again.keys() == weights.keys() and all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_weights_that_fsdp_has_cut_up_are_sent_whole() -> None:
+    launch = ["accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2proc.yaml", "--main_process_port", "0"]
+    command = [sys.executable, "-m", *launch, "-m", "tests.test_weight_sync"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("the same when cut up") == 2
+
+
+def compare_sharded() -> None:
+    """In each of several processes."""
+    torch.distributed.init_process_group("gloo")
+    model = lora(target_modules=["q_proj", "down_proj"])
+    before = (
+        sent(model, everything=True),
+        adapter_weights(model),
+        EngineWeights(model, torch.float32, everything=True).shapes(),
+    )
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    assert WeightSync(model, torch.float32, lambda: 0).sharded
+    assert sum(isinstance(p, DTensor) for p in model.parameters()) == len(list(model.parameters()))
+    after = sent(model, everything=True), adapter_weights(model)
+    for whole, cut in zip(before, after, strict=False):
+        assert whole.keys() == cut.keys()
+        assert all(torch.allclose(whole[name], cut[name], atol=1e-6) for name in whole)
+    assert EngineWeights(model, torch.float32, everything=True).shapes() == before[2]
+    print("the same when cut up", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    compare_sharded()
