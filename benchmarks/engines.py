@@ -1,9 +1,11 @@
-"""Sampling and weight syncs, transformers against vLLM in process: `python -m benchmarks.engines`.
+"""Sampling and weight syncs, transformers against vLLM in process and as a server: `python -m benchmarks.engines`.
 
 Random Qwen2 models of about 4 and 100 million weights in float32 on this machine's CPU; 16 prompts of 48 tokens, 8
-completions each of 64 tokens without a stop. Both engines take turns on the same weights and seeds, after one unmeasured
-round; medians of tokens per second. Then the time of a weight sync, all weights and adapters merged, and the bytes that
-it hands over. Writes benchmarks/results/engines.json.
+completions each of 64 tokens without a stop. The engines take turns on the same weights and seeds, after one unmeasured
+round; medians of tokens per second. The last column samples with an adapter of rank 16 on every layer held by vLLM, where
+the others have it merged. Then the time of a weight sync as in training, where the engine has been given everything
+before: all weights, an adapter merged into its layers, an adapter alone; and the bytes that travel. Writes
+benchmarks/results/engines.json.
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +28,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from grpo_hf.rollout.engine import Engine, Sampling
 from grpo_hf.rollout.transformers_engine import TransformersEngine
 from grpo_hf.rollout.vllm_engine import VLLMEngine
+from grpo_hf.rollout.vllm_server import VLLMServerEngine
 from grpo_hf.rollout.vllm_support import installed_vllm
-from grpo_hf.rollout.weight_sync import WeightSync, EngineWeights
+from grpo_hf.rollout.weight_sync import EngineWeights, adapter_weights
+from tests.server import Server
 
 MODELS = {
     "4M": {
@@ -42,69 +49,96 @@ MODELS = {
         "vocab_size": 24576,
     },
 }
-PROMPTS, GROUP_SIZE, PROMPT_LENGTH = 16, 8, 48
+PROMPTS, GROUP_SIZE, PROMPT_LENGTH, RANK = 16, 8, 48, 16
 SAMPLING = Sampling(max_completion_length=64, stop_token_ids=())
+MakeEngine = Callable[..., Any]
 
 
-def make_model(size: str) -> Qwen2ForCausalLM:
+def make_model(size: str, *, lora: bool = False) -> Any:
     """Tied embeddings; random weights."""
     torch.manual_seed(0)
     shape: dict[str, Any] = MODELS[size]
     heads = shape["num_attention_heads"]
     special = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
-    return Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=heads, tie_word_embeddings=True, **special)).eval()
+    model = Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=heads, tie_word_embeddings=True, **special)).eval()
+    return get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear")) if lora else model
 
 
-def tokens_per_second(engine: Engine, round: int) -> tuple[float, float]:
-    """One round of sampling; by the clock, and by the process's CPU seconds, which other processes disturb less."""
+def tokens_per_second(engine: Engine, round: int) -> float:
+    """One round of sampling."""
     generator = torch.Generator().manual_seed(round)
     prompts = torch.randint(1, 4096, (PROMPTS, PROMPT_LENGTH), generator=generator).tolist()
-    seeds = [[1000 * round + GROUP_SIZE * n + place for place in range(GROUP_SIZE)] for n in range(PROMPTS)]
-    start, start_cpu = time.perf_counter(), time.process_time()
-    tokens = sum(len(item.ids) for _, group in engine.sample(prompts, seeds, SAMPLING) for item in group)
-    return tokens / (time.perf_counter() - start), tokens / (time.process_time() - start_cpu)
+    seeds = [1000 * round + GROUP_SIZE * n for n in range(PROMPTS)]
+    start = time.perf_counter()
+    tokens = sum(len(item.ids) for _, group in engine.sample(prompts, seeds, GROUP_SIZE, SAMPLING) for item in group)
+    return tokens / (time.perf_counter() - start)
 
 
-def measure_sync(engine: VLLMEngine, model: nn.Module, repeats: int) -> dict[str, float]:
-    """Seconds of a sync as in training, where the engine has been given everything before; and its bytes."""
+def measure_sync(make: MakeEngine, model: nn.Module, lora_sync: str, repeats: int) -> dict[str, float]:
+    """Seconds of a sync after the first, which sends everything; and its bytes."""
     seconds: list[float] = []
-    engine.weights = WeightSync(model, torch.float32, lambda: len(seconds))
+    engine = make(model, version=lambda: len(seconds), lora_sync=lora_sync)
     for _ in range(repeats + 1):
         start = time.perf_counter()
         engine.sync_weights()
         seconds.append(time.perf_counter() - start)
-    sent = [value for _, value in EngineWeights(model, torch.float32, everything=False)]
-    return {
-        "first_s": seconds[0],
-        "seconds": statistics.median(seconds[1:]),
-        "bytes": sum(value.numel() * value.element_size() for value in sent),
-    }
+    sent = adapter_weights(model).values() if lora_sync == "adapter" else dict(_changed(model)).values()
+    return {"seconds": statistics.median(seconds[1:]), "first_s": seconds[0], "bytes": sum(value.nbytes for value in sent)}
+
+
+def _changed(model: nn.Module) -> EngineWeights:
+    return EngineWeights(model, torch.float32, everything=False)
+
+
+def in_process(engine: VLLMEngine, model: nn.Module, *, version: Callable[[], int], lora_sync: str = "merge") -> VLLMEngine:
+    """The one engine that a process can have, with the weights of another model."""
+    engine.weights = type(engine.weights)(model, torch.float32, version, lora_sync)
+    engine.adapter = {}
+    return engine
 
 
 def measure(size: str, repeats: int) -> dict[str, Any]:
-    """Both engines on one model, in turns; then the syncs."""
-    model = make_model(size)
-    vllm = VLLMEngine(model, version=lambda: 0, sampling=SAMPLING, max_prompt_length=PROMPT_LENGTH)
-    vllm.sync_weights()
-    engines: dict[str, Engine] = {"transformers": TransformersEngine(model, pad_token_id=0), "vllm": vllm}
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
-    for round in range(repeats + 1):
-        for name, engine in engines.items():
-            rate = tokens_per_second(engine, round)
-            if round:
-                rates[name].append(rate)
-    result: dict[str, Any] = {"weights": model.num_parameters()}
-    for name, values in rates.items():
-        wall, cpu = zip(*values, strict=True)
-        result[name] = {
-            "tokens_per_second": statistics.median(wall),
-            "spread": [min(wall), max(wall)],
-            "tokens_per_cpu_second": statistics.median(cpu),
+    """All engines on one model, in turns; then the syncs."""
+    model, adapted = make_model(size), make_model(size, lora=True)
+    length = PROMPT_LENGTH + SAMPLING.max_completion_length
+    shared: dict[str, Any] = {"sampling": SAMPLING, "max_prompt_length": PROMPT_LENGTH}
+    vllm = VLLMEngine(adapted, version=lambda: 0, lora_sync="adapter", **shared)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        options = ("--enable-lora", "--max-lora-rank", str(RANK))
+        server = Server(Path(folder), *options, model=make_model(size), max_model_len=length)
+        server.start()
+        stack.callback(server.stop)
+        server.wait()
+
+        def on_server(model: nn.Module, **more: Any) -> VLLMServerEngine:
+            return VLLMServerEngine(model, base_url=server.url, timeout=60, **shared, **more)
+
+        def at_home(model: nn.Module, **more: Any) -> VLLMEngine:
+            return in_process(vllm, model, **more)
+
+        result: dict[str, Any] = {"weights": model.num_parameters(), "tokens_per_second": {}, "sync": {}}
+        turns: dict[str, Callable[[], Engine]] = {
+            "transformers": lambda: TransformersEngine(model, pad_token_id=0),
+            "vllm": lambda: at_home(model, version=lambda: 0),
+            "server": lambda: on_server(model, version=lambda: 0),
+            "vllm, adapter": lambda: at_home(adapted, version=lambda: 0, lora_sync="adapter"),
         }
-    result["sync_full"] = measure_sync(vllm, model, repeats)
-    for name, targets in (("all-linear", "all-linear"), ("q, v", ["q_proj", "v_proj"])):
-        adapted = get_peft_model(make_model(size), LoraConfig(r=16, target_modules=targets))
-        result[f"sync_lora {name}"] = measure_sync(vllm, adapted, repeats)
+        rates: dict[str, list[float]] = {name: [] for name in turns}
+        for round in range(repeats + 1):
+            for name, make in turns.items():
+                engine = make()
+                engine.sync_weights()
+                rates[name].append(tokens_per_second(engine, round))
+        for name, values in rates.items():
+            spread = [min(values[1:]), max(values[1:])]
+            result["tokens_per_second"][name] = {"median": statistics.median(values[1:]), "spread": spread}
+        for where, make_engine in (("vllm", at_home), ("server", on_server)):
+            for form, trained, lora_sync in (
+                ("full", model, "merge"),
+                ("merged", adapted, "merge"),
+                ("adapter", adapted, "adapter"),
+            ):
+                result["sync"][f"{where}, {form}"] = measure_sync(make_engine, trained, lora_sync, repeats)
     return result
 
 
@@ -115,16 +149,13 @@ def main() -> None:
     parser.add_argument("--size", choices=MODELS, help="this size only")
     args = parser.parse_args()
     threads, results = torch.get_num_threads(), {}
-    print(f"{'weights':<9}{'transformers':>14}{'vLLM':>14}{'ratio':>8}   sync: seconds (MB)")
     for size in [args.size] if args.size else MODELS:
         r = results[size] = measure(size, args.repeats)
-        rates = [r[name]["tokens_per_second"] for name in ("transformers", "vllm")]
-        print(f"{size:<9}{rates[0]:>8.0f} tok/s{rates[1]:>8.0f} tok/s{rates[1] / rates[0]:>7.2f}x   ", end="")
-        syncs = {name.removeprefix("sync_"): part for name, part in r.items() if name.startswith("sync_")}
-        print(
-            ", ".join(f"{name} {part['seconds']:.3f} ({part['bytes'] / 1e6:.0f})" for name, part in syncs.items()),
-            flush=True,
-        )
+        rates = {name: values["median"] for name, values in r["tokens_per_second"].items()}
+        base = rates["transformers"]
+        print(f"{size}: " + ", ".join(f"{name} {rate:.0f} tok/s ({rate / base:.2f}x)" for name, rate in rates.items()))
+        for name, sync in r["sync"].items():
+            print(f"  sync {name:<16}{sync['seconds'] * 1000:>8.0f} ms {sync['bytes'] / 1e6:>8.1f} MB", flush=True)
     setting = {"vllm": installed_vllm(), "torch": torch.__version__, "threads": threads, "repeats": args.repeats}
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
