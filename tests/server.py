@@ -13,18 +13,19 @@ from typing import Any
 
 import httpx
 import psutil
+from transformers import PreTrainedModel
 
 from tests.tiny import tiny_tokenizer
 from tests.tiny_vllm import vllm_model
 
 
 class Server:
-    """`grpo-hf serve` of a tiny model, whose weights are not the trainer's."""
+    """`grpo-hf serve` of a model whose weights are not the trainer's."""
 
-    def __init__(self, folder: Path, *options: str):
-        self.folder, self.options = folder, options
-        model = vllm_model(tied=True, seed=99)
-        model.save_pretrained(folder / "model")
+    def __init__(self, folder: Path, *options: str, model: PreTrainedModel | None = None, max_model_len: int = 62):
+        self.folder = folder
+        self.options = ["--dtype", "float32", "--max-model-len", str(max_model_len), *options]
+        (model or vllm_model(tied=True, seed=99)).save_pretrained(folder / "model")
         tiny_tokenizer().save_pretrained(folder / "model")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -34,7 +35,6 @@ class Server:
     def start(self) -> None:
         """Without waiting for it."""
         program = "import sys; from grpo_hf.cli import main; main(sys.argv[1:])"
-        size = ["--dtype", "float32", "--max-model-len", "62", "--kv-cache-memory-bytes", "100000000"]
         self.log = (self.folder / "server.log").open("ab")
         self.process = subprocess.Popen(
             [
@@ -45,7 +45,6 @@ class Server:
                 str(self.folder / "model"),
                 "--port",
                 str(self.port),
-                *size,
                 *self.options,
             ],
             stdout=self.log,
@@ -72,10 +71,10 @@ class Server:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def stop(self) -> list[psutil.Process]:
+    def stop(self, how: signal.Signals = signal.SIGINT) -> list[psutil.Process]:
         """As a user who presses Ctrl-C; those of its processes that are left after it."""
         started = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.send_signal(signal.SIGINT)
+        self.process.send_signal(how)
         self.process.wait(60)
         return psutil.wait_procs(started, timeout=10)[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -206,13 +207,13 @@ def test_a_killed_server_costs_no_prompt(server: Server, tmp_path: Path) -> None
 def test_a_server_that_stays_away_stops_the_run_with_its_work_saved(server: Server, tmp_path: Path) -> None:
     """And the run goes on from there once there is one again."""
 
-    def kill(state: Any, model: nn.Module) -> None:
+    def stop(state: Any, model: nn.Module) -> None:
         if state.global_step == 2:
-            server.kill()
+            assert server.stop(signal.SIGTERM) == []
 
     settings = server.settings(max_steps=4, learning_rate=0.01, vllm_server_timeout=2, save_strategy="no")
     with pytest.raises(EngineLostError, match="no vLLM server"):
-        vllm_trainer(tmp_path, callbacks=[AfterStep(kill)], **settings).train()
+        vllm_trainer(tmp_path, callbacks=[AfterStep(stop)], **settings).train()
     server.start()
     server.wait()
     trainer = vllm_trainer(tmp_path, **settings | {"vllm_server_timeout": 60})
