@@ -8,10 +8,11 @@ import torch
 
 from grpo_hf.algorithm.pass_at_k import pass_at_k
 from grpo_hf.metrics import Metrics
+from grpo_hf.rewards.faults import Tally, merged, stop_if_faulty
 from grpo_hf.rollout.engine import Sampling
-from grpo_hf.rollout.planning import ALONE, Peers
+from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.prompts import PromptSet, derived_seed
-from grpo_hf.rollout.record import GroupSummary, record_groups, summarize_all
+from grpo_hf.rollout.record import GroupSummary, record_groups, record_outcomes, summarize_all
 from grpo_hf.rollout.sampler import GroupSampler
 from grpo_hf.types import Group
 
@@ -33,20 +34,26 @@ def evaluate_prompts(
     rows = range(peers.rank, len(prompts), peers.count)
     share = max(1, batch_size // num_generations)
     groups: list[Group] = []
+    tally: Tally = {}
     # Every process samples as often as the one with the most rows: an engine may have to wait for all of them.
     for start in range(0, math.ceil(len(prompts) / peers.count), share):
         part = rows[start : start + share]
         seeds = [derived_seed(seed, "eval", row) for row in part]
         groups += sampler.sample([prompts[row] for row in part], seeds, num_generations, sampling)
+        tally = merged([tally, sampler.tally])
+    stop_if_faulty(merged(peers.gather(tally)), sampler.scorer.settings)
     metrics = Metrics()
+    record_outcomes(metrics, tally)
     everyone = summarize_all(groups, peers)
     record_groups(metrics, everyone)
     _record_pass_at_k(metrics, everyone, num_generations)
-    return {k: v for k, v in metrics.flush(peers.gather, steps=1).items() if not k.startswith("time/")}
+    measured = metrics.flush(peers.gather, steps=1)
+    return {k: v for k, v in measured.items() if not (k.startswith("time/") or "/seconds/" in k)}
 
 
 def _record_pass_at_k(metrics: Metrics, groups: list[GroupSummary], k: int) -> None:
     for name in groups[0][0]["rewards"] if k > 1 else ():
         scores = torch.tensor([[item["rewards"][name] for item in group] for group in groups])
-        if bool(((scores == 0) | (scores == 1)).all()):
+        scores = scores[~scores.isnan().any(dim=1)]  # prompts that every completion has a score of
+        if len(scores) and bool(((scores == 0) | (scores == 1)).all()):
             metrics.mean(f"rewards/{name}/pass@{k}", pass_at_k(scores.bool(), k).item())

@@ -52,13 +52,7 @@ class Metrics:
         """
         seconds = dict(self._seconds)
         seconds["other"] = self._now() - self._start - sum(seconds.values())
-        local = {
-            "means": {name: (float(total), count) for name, (total, count) in self._means.items()},
-            "totals": dict(self._totals),
-            "minima": self._minima,
-            "maxima": self._maxima,
-        }
-        everyone = gather(local)
+        everyone = gather(self.state_dict())
         values: dict[str, float] = {}
         for name in dict.fromkeys(name for part in everyone for name in part["means"]):
             totals, counts = zip(*(part["means"].get(name, (0.0, 0.0)) for part in everyone), strict=True)
@@ -71,6 +65,18 @@ class Metrics:
         values |= {f"time/{name}": value / max(steps, 1) for name, value in seconds.items()}
         self.reset()
         return values
+
+    def state_dict(self) -> dict[str, dict]:
+        """What has been collected since the last flush, but for the times: those are of this process's own clock."""
+        means = {name: (float(total), count) for name, (total, count) in self._means.items()}
+        return {"means": means, "totals": dict(self._totals), "minima": self._minima, "maxima": self._maxima}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Go on collecting."""
+        self._means.update(state["means"])
+        self._totals.update(state["totals"])
+        self._minima.update(state["minima"])
+        self._maxima.update(state["maxima"])
 
     def reset(self) -> None:
         """Forget everything and start the clock anew."""

@@ -1,16 +1,19 @@
 """The carriers that travel from dataset row to loss; every other module passes these along.
 
 Prompt -> Completion, Group -> PackedBatch
+
+Importing this loads no torch: verifiers and their workers need the first carriers only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
 
 Message = dict[str, Any]
 
@@ -42,9 +45,13 @@ class Completion:
     rollout_logprobs: list[float] | None = None
     """The engine's log-prob of each id, in nats, under the distribution that it sampled from."""
     rewards: dict[str, float] = field(default_factory=dict)
-    """Score by reward name; NaN where a reward does not apply."""
+    """Score by reward name; NaN where a reward does not apply or its outcome leaves the completion out."""
+    outcomes: dict[str, str] = field(default_factory=dict)
+    """How the verifier's call ended, by reward name: one of grpo_hf.rewards.outcomes.OUTCOMES."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What verifiers have logged beside it with log_extra, by column."""
     reward: float = float("nan")
-    """Weighted sum of the scores that are not NaN; NaN when there is none."""
+    """Weighted sum of the scores that are not NaN; NaN when there is none, which leaves it out of its group and the loss."""
     advantage: float = 0.0
     """What the loss multiplies this completion's tokens by."""
 
@@ -155,10 +162,10 @@ class PackedBatch:
 
 def _to(carrier: Any, device: torch.device) -> Any:
     def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True)
+        if isinstance(value, PrefixBlock | PrefixLayout):
+            return _to(value, device)
         if isinstance(value, list):
             return [move(item) for item in value]
-        return _to(value, device) if isinstance(value, PrefixBlock | PrefixLayout) else value
+        return value.to(device, non_blocking=True) if hasattr(value, "to") else value
 
     return replace(carrier, **{item.name: move(getattr(carrier, item.name)) for item in fields(carrier)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
 
 MARKER = "####"
@@ -29,12 +30,30 @@ _NUMBER = re.compile(
 _GOES_ON = re.compile(r"\s*(?:[-+*/^×·÷:.,]\s*)*[0-9]|[eE][-+]?[0-9]")
 
 
+def gold_number(answer: str | int | float) -> Fraction:
+    """The number after the last `####` of a reference solution, or the bare number.
+
+    >>> gold_number("2 + 2 = 4\\n#### 1,450,000"), gold_number(0.5)
+    (Fraction(1450000, 1), Fraction(1, 2))
+
+    Raises:
+        BadGoldError: there is none, with the text.
+    """
+    text = str(answer)
+    marked = MARKER in text
+    number = _number_after_marker(text) if marked else parse_number(text)
+    if number is None or (not marked and any(character.isalpha() for character in text)):
+        raise BadGoldError(f"gsm8k finds no number in the answer {_shortened(text)!r}; it needs '#### 18' or '18'")
+    return number
+
+
 @register_reward
-def gsm8k(completion: str, answer: str | int | float) -> float:
+@parses_gold(gold_number)
+def gsm8k(completion: str, answer: Fraction) -> float:
     """1.0 if the number that the completion gives equals that of the reference solution, else 0.0.
 
     The completion's number is the one after its last `####`, or else the content of its last `\\boxed{}`; without
-    either the score is 0.0. `answer` is a reference solution with `####`, or the bare number. Thousands separators,
+    either there is no answer. `answer` is a reference solution with `####`, or the bare number. Thousands separators,
     currency, `%`, units and a final period do not matter, and 18 = 18.0 = 18.00.
 
     >>> gsm8k("9 * 2 = 18, so\\n#### $18.00", "She makes 9 * 2 = 18.\\n#### 18")
@@ -43,26 +62,10 @@ def gsm8k(completion: str, answer: str | int | float) -> float:
     (1.0, 0.0, 0.0)
 
     Raises:
-        ValueError: the reference has no number, with its text.
+        BadGoldError: the reference has no number, with its text.
     """
-    return float(completion_number(completion) == gold_number(answer))
-
-
-def gold_number(answer: str | int | float) -> Fraction:
-    """The number after the last `####` of a reference solution, or the bare number.
-
-    >>> gold_number("2 + 2 = 4\\n#### 1,450,000"), gold_number(0.5)
-    (Fraction(1450000, 1), Fraction(1, 2))
-
-    Raises:
-        ValueError: there is none, with the text.
-    """
-    text = str(answer)
-    marked = MARKER in text
-    number = _number_after_marker(text) if marked else parse_number(text)
-    if number is None or (not marked and any(character.isalpha() for character in text)):
-        raise ValueError(f"gsm8k finds no number in the answer {_shortened(text)!r}; it needs '#### 18' or '18'")
-    return number
+    number = completion_number(completion)
+    return NO_ANSWER if number is None else float(number == answer)
 
 
 def completion_number(completion: str) -> Fraction | None:

@@ -4,8 +4,16 @@ more on a busy machine; and no network. Set before torch is imported; processes 
 import gc
 import os
 
+import cloudpickle
+
+import tests
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Verifiers in test modules are sent to workers whole, as those of a user's script are: importing a test module would have
+# every worker load torch.
+cloudpickle.register_pickle_by_value(tests)
 
 
 def pytest_collection_finish() -> None:

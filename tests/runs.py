@@ -27,6 +27,7 @@ SAMPLE_NAMES = {
     "completions/min_terminated_length",
     "completions/max_terminated_length",
     "completions/clipped_ratio",
+    *(f"rewards/even_words/outcomes/{outcome}" for outcome in ("no_answer", "timeout", "crash", "error", "bad_gold")),
 }
 """TRL's names of what training and evaluation log of their samples, with the verifier even_words."""
 
@@ -39,6 +40,15 @@ def logs(trainer: GRPOTrainer) -> list[dict[str, Any]]:
 def values(trainer: GRPOTrainer, name: str) -> list[float]:
     """One metric, by log line."""
     return [entry[name] for entry in logs(trainer)]
+
+
+OF_THE_CLOCK = ("time/", "tokens_per_second", "train_runtime", "_per_second", "/seconds/")
+"""Parts of the names of metrics that no two runs have in common."""
+
+
+def timeless(line: dict[str, Any]) -> dict[str, Any]:
+    """A log line less what is of the clock."""
+    return {name: value for name, value in line.items() if not any(part in name for part in OF_THE_CLOCK)}
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -76,3 +86,13 @@ def held_out_trainer(folder: Path, held_out: Any, *, reward: Any = even_words, *
     machine = {"use_cpu": True, "gradient_checkpointing": False}
     args = GRPOConfig(output_dir=str(folder), **(quiet | sizes | machine | settings))
     return GRPOTrainer(model, reward, args, PROMPTS, held_out, tiny_tokenizer())
+
+
+class StopAfter(TrainerCallback):
+    """Ends the run as a kill between two steps would: what is not on disk is lost."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step

@@ -60,6 +60,16 @@ def test_a_group_without_a_score_is_0_and_changes_no_other(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
+def test_a_completion_without_a_score_is_as_if_it_had_never_been_there(name: str) -> None:
+    """To the last bit."""
+    alone = ADVANTAGES[name](torch.tensor([[0.1, 0.7, 0.3], [2.0, 2.0, 5.0]]))
+    beside = ADVANTAGES[name](torch.tensor([[0.1, NAN, 0.7, 0.3], [2.0, 2.0, 5.0, NAN]]))
+    assert torch.equal(beside[0, [0, 2, 3]], alone[0])
+    assert torch.equal(beside[1, :3], alone[1])
+    assert beside[0, 1] == beside[1, 3] == 0.0
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
 def test_no_score_at_all_is_0(name: str) -> None:
     assert ADVANTAGES[name](torch.full((2, 3), NAN)).tolist() == [[0.0] * 3] * 2
 

@@ -8,8 +8,10 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
-from grpo_hf.rollout.planning import ALONE, Peers, Plan, Update, assign_advantages
+from grpo_hf.rollout.peers import ALONE, Peers
+from grpo_hf.rollout.planning import Plan, Update, assign_advantages
 from grpo_hf.types import Completion, Group
 from tests.tiny import group
 
@@ -128,6 +130,34 @@ def test_all_truncated_is_an_update_without_signal() -> None:
     (update,) = make_plan(mask_truncated_completions=True).updates(groups, ALONE)
     assert [batch.weight for batch in update.microbatches] == [0.0]
     assert update.denominators.tokens == 0
+
+
+@pytest.mark.parametrize("keep_zero_signal", [False, True])
+def test_completions_without_a_reward_are_as_if_they_had_never_been_sampled(keep_zero_signal: bool) -> None:
+    """Their group, the denominators and the forward pass are those of the others alone, whatever else is kept."""
+    plan = make_plan(keep_zero_signal=keep_zero_signal, advantage="group")
+    (update,) = plan.updates([scored_group([0.0, 1.0, math.nan, 5.0, math.nan], [2, 3, 9, 1, 9])], ALONE)
+    (alone,) = plan.updates([scored_group([0.0, 1.0, 5.0], [2, 3, 1])], ALONE)
+    assert update.denominators == alone.denominators
+    assert targets(update) == [10, 11, 13]
+    for batch, other in zip(update.microbatches, alone.microbatches, strict=True):
+        assert torch.equal(batch.advantages, other.advantages)
+        assert batch.num_tokens == other.num_tokens
+
+
+def test_a_rollout_without_any_reward_is_an_update_without_signal() -> None:
+    (update,) = make_plan(keep_zero_signal=True).updates([scored_group([math.nan, math.nan])], ALONE)
+    assert [batch.weight for batch in update.microbatches] == [0.0]
+    assert (update.denominators.tokens, update.denominators.sequences) == (0, 1), "nothing is divided by 0"
+
+
+def test_completions_without_a_reward_count_over_all_processes() -> None:
+    def work(peers: Peers) -> Update:
+        rewards = [[0.0, 1.0, math.nan], [2.0, math.nan, math.nan]][peers.rank]
+        return make_plan().updates([scored_group(rewards, [1, 2, 4])], peers)[0]
+
+    for update in on_two_processes(work):
+        assert (update.denominators.tokens, update.denominators.sequences) == (1 + 2 + 1, 3)
 
 
 def test_a_cut_through_a_group_has_its_prompt_in_both_updates() -> None:

@@ -25,6 +25,7 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 TWO_STEPS = {
     "max_steps": 2,
     "use_cpu": True,
+    "use_vllm": False,  # it changes the process that it starts in; tests/test_vllm_training.py runs it
     "logging_steps": 1,
     "eval_steps": 1,
     "save_strategy": "no",
@@ -40,8 +41,8 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def gsm8k(folder: Path) -> dict[str, Any]:
-    """A tiny chat model and a few rows of GSM8K's shape."""
+def tiny_chat_model(folder: Path) -> dict[str, Any]:
+    """A model whose chat template keeps system and user."""
     tokenizer = tiny_tokenizer([*[str(number) for number in range(10)], "####", "What", "is", "+", "?", "system", "user"])
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
@@ -51,16 +52,27 @@ def gsm8k(folder: Path) -> dict[str, Any]:
     model = tiny_model("llama")
     model.config.max_position_embeddings = 256
     model.save_pretrained(folder / "model")
+    return {"model_name_or_path": str(folder / "model"), "max_completion_length": 6, **TINY_BATCH}
+
+
+def gsm8k(folder: Path) -> dict[str, Any]:
+    """A few rows of GSM8K's shape."""
     rows = [{"question": f"What is {n} + 1 ?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(8)]
     for name, part in (("train", rows), ("test", rows[:3])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    return {
-        "model_name_or_path": str(folder / "model"),
-        "dataset_name": str(folder / "train.jsonl"),
-        "dataset_test_file": str(folder / "test.jsonl"),
-        "max_completion_length": 6,
-        **TINY_BATCH,
-    }
+    files = {"dataset_name": str(folder / "train.jsonl"), "dataset_test_file": str(folder / "test.jsonl")}
+    return files | tiny_chat_model(folder)
+
+
+def countdown(folder: Path) -> dict[str, Any]:
+    """Few puzzles."""
+    return tiny_chat_model(folder) | {"dataset_options": {"train": 16, "held_out": 3}}
+
+
+def reasoning_gym(folder: Path) -> dict[str, Any]:
+    """Few puzzles, of the recipe's own task."""
+    pytest.importorskip("reasoning_gym")
+    return tiny_chat_model(folder) | {"dataset_options": {"task": "leg_counting", "size": 16, "held_out": 3}}
 
 
 def sorting_lm(folder: Path) -> dict[str, Any]:
@@ -70,8 +82,10 @@ def sorting_lm(folder: Path) -> dict[str, Any]:
 
 
 SMALL: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "countdown": countdown,
     "gsm8k_full": gsm8k,
     "gsm8k_lora": gsm8k,
+    "reasoning_gym": reasoning_gym,
     "sorting_lm": sorting_lm,
     "toy_sorting": lambda folder: {},
 }
@@ -91,7 +105,7 @@ def test_a_recipe_runs_two_steps(recipe: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(arguments(recipe, tmp_path)) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
-    held_out = {"gsm8k_full": 3, "gsm8k_lora": 3, "sorting_lm": 4, "toy_sorting": 3}[recipe.stem]
+    held_out = {"sorting_lm": 4}.get(recipe.stem, 3)
     assert capsys.readouterr().out.splitlines()[-1].endswith(f" held-out {held_out}")
 
 

@@ -220,3 +220,20 @@ def test_learning_curves_draws_a_file_and_refuses_nothing(tmp_path):
     assert path.read_bytes().startswith(PNG)
     with pytest.raises(ValueError, match=r"toy\.png: got 1 curves, none with a value"):
         learning_curves(path, {"raw": []}, title="", xlabel="", ylabel="")
+
+
+def test_outcomes_are_shown_beside_scores_and_as_curves(run_dir):
+    lines = [
+        {"step": step, "reward": 0.5, "rewards/math/seconds/mean": 0.1, "rewards/math/mean": 0.5, "rewards/format/mean": 1.0}
+        | {"rewards/math/outcomes/timeout": share, "rewards/math/outcomes/crash": 0.0}
+        | {"eval_rewards/math/outcomes/error": 0.1}
+        for step, share in ((1, 0.0), (2, 0.25))
+    ]
+    panels = {panel.title: panel for panel in run_panels(lines)}
+    assert set(panels["Verifier calls without a score (share)"].curves) == {"math: timeout", "held-out math: error"}
+    assert not any("seconds" in title or "outcomes" in title for title in panels)
+    more = {"outcomes/sorting": "timeout", "outcomes/format": "scored", "extra/parsed": "<3>"}
+    write_rollouts(run_dir, [row(0.0, "slow", **more)])
+    page = write_report(run_dir).read_text()
+    assert "<span>sorting <b>0.000, timeout</b></span>" in page
+    assert "<span>parsed <b>&lt;3&gt;</b></span>" in page

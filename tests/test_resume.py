@@ -9,27 +9,13 @@ import pytest
 from transformers import TrainerCallback
 
 from grpo_hf import GRPOTrainer
-from tests.runs import logs, lora, same, weights
+from tests.runs import StopAfter, logs, lora, same, timeless, weights
 from tests.tiny import tiny_trainer
-
-
-class StopAfter(TrainerCallback):
-    """Ends the run as a kill between two steps would: what is not on disk is lost."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= self.step
 
 
 def numbers(trainer: GRPOTrainer) -> dict[int, dict[str, float]]:
     """Every logged number by step, less the times."""
-    timed = ("time/", "tokens_per_second")
-    return {
-        entry["step"]: {name: value for name, value in entry.items() if not name.startswith(timed)}
-        for entry in logs(trainer)
-    }
+    return {entry["step"]: timeless(entry) for entry in logs(trainer)}
 
 
 # settings, steps between checkpoints, step that the run is stopped after, checkpoint that it goes on from

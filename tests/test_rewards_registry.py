@@ -9,7 +9,25 @@ import pytest
 
 from grpo_hf.rewards import check_columns, get_reward, get_rewards, known_rewards, register_reward, registry
 
-SHIPPED = ["exact_match", "format", "gsm8k", "sort_distance", "sort_inclusion_ordering", "sorting"]
+SHIPPED = {
+    "code": {},
+    "cosine_length": {"correct": "exact_match", "max_length": 10},
+    "countdown": {},
+    "exact_match": {},
+    "format": {},
+    "gsm8k": {},
+    "json_schema": {},
+    "math": {},
+    "multiple_choice": {},
+    "reasoning_gym": {},
+    "regex": {},
+    "repetition": {},
+    "soft_overlong": {"max_length": 10, "cache": 2},
+    "sort_distance": {},
+    "sort_inclusion_ordering": {},
+    "sorting": {},
+}
+"""Every verifier that ships, with the options that it needs."""
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +152,13 @@ def test_entry_points_ship_the_verifiers_and_load_lazily(monkeypatch):
     assert "reward_fns.exact_match" in sys.modules
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_shipped_verifier_is_found_and_called_by_its_name(name):
+    reward = get_reward({"name": name, **SHIPPED[name]})
+    assert (reward.name, reward.per_sample, reward.is_async) == (name, True, False)
+    assert reward.function.__doc__ or SHIPPED[name]
+
+
 def install(folder, package, value, body="def shout(completion):\n    return float(completion.isupper())\n"):
     """Lay out a distribution as pip would."""
     info = folder / f"{package}-1.0.dist-info"
@@ -253,3 +278,7 @@ def test_check_columns_names_the_verifier_the_column_and_the_nearest():
         "the verifier 'exact_match' asks for the column 'answer', which the evaluation dataset lacks;"
         " its columns are: prompt, answers (nearest: answers)"
     )
+    with pytest.raises(
+        ValueError, match=r"lacks; .*: prompt; one value for all rows is an option: \{name: regex, pattern: "
+    ):
+        check_columns(get_rewards("regex"), ["prompt"])

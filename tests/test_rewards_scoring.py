@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_hf.rewards import get_reward, get_rewards, score, score_group_rewards
-from grpo_hf.types import Completion, Group, Prompt, Sample
+from grpo_hf.rewards import get_reward, score
+from grpo_hf.types import Sample
 
 
 def sample(text, prompt="Q", chat=False, **row):
@@ -225,52 +225,6 @@ def test_no_samples_no_call():
         raise AssertionError
 
     assert score(get_reward(f), []) == []
-
-
-def group(raw, texts, **row):
-    """A group of completions."""
-    completions = [Completion(ids=[1], truncated=False, text=text) for text in texts]
-    return Group(prompt=Prompt(ids=[0], raw=raw, row=row, index=0), completions=completions)
-
-
-def test_group_rewards_are_weighted_sums_over_what_applies():
-    def right(completion, answer):
-        return completion == answer
-
-    def short(completion):
-        return None if completion == "no" else -0.5
-
-    def never(completions, **kwargs):
-        return [None] * len(completions)
-
-    groups = [group("Q", ["yes", "no"], answer="yes"), group([{"role": "user", "content": "Q"}], ["a"], answer="a")]
-    score_group_rewards(get_rewards([right, short, never]), [2.0, 1.0, 9.0], groups)
-    rewards = [completion.reward for one in groups for completion in one.completions]
-    assert rewards == [1.5, 0.0, 1.5]
-    first = groups[0].completions[0].rewards
-    assert (first["right"], first["short"]) == (1.0, -0.5) and math.isnan(first["never"])
-    score_group_rewards(get_rewards([never]), [1.0], groups)
-    assert math.isnan(groups[0].completions[0].reward)
-
-
-def test_group_samples_take_the_prompts_form():
-    seen = []
-
-    def f(prompts, completions):
-        seen.extend(zip(prompts, completions, strict=True))
-        return [0.0] * len(prompts)
-
-    chat = [{"role": "user", "content": "Q"}]
-    score_group_rewards([get_reward(f)], [1.0], [group("Q", ["a"]), group(chat, ["b"])])
-    assert seen == [("Q", "a"), (chat, [{"role": "assistant", "content": "b"}])]
-
-
-def test_group_rewards_check_weights_and_names():
-    rewards = get_rewards(["format", "exact_match"])
-    with pytest.raises(ValueError, match=r"1 reward weights for 2 rewards \(format, exact_match\)"):
-        score_group_rewards(rewards, [1.0], [])
-    with pytest.raises(ValueError, match="two rewards have one name: format, format"):
-        score_group_rewards([rewards[0]] * 2, [1.0, 1.0], [])
 
 
 def test_scoring_a_rollout_costs_little():

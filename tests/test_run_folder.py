@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ TRL_NAMES = SAMPLE_NAMES | {
 }
 OUR_NAMES = {
     "frac_zero_signal_groups",
+    "rewards/even_words/seconds/mean",
+    "rewards/even_words/seconds/max",
     "tokens/sampled",
     "tokens/forwarded",
     "tokens/padded_equivalent",
@@ -143,8 +146,8 @@ def test_rollouts_are_saved_as_parquet(tmp_path: Path) -> None:
     assert files == ["rollout-000000-0.parquet", "rollout-000001-0.parquet"]
     first, last = (pq.read_table(tmp_path / "rollouts" / name).to_pylist() for name in files)
     assert list(first[0]) == [
-        *("step", "rollout", "process", "prompt", "completion", "length", "truncated"),
-        *("rewards/even_words", "rewards/len_of_text", "reward", "advantage"),
+        *("step", "rollout", "weights", "process", "prompt", "completion", "length", "truncated"),
+        *("rewards/even_words", "rewards/len_of_text", "outcomes/even_words", "outcomes/len_of_text", "reward", "advantage"),
     ]
     assert {row["step"] for row in first} == {1}
     assert {row["step"] for row in last} == {3}, "the step that it is first trained on"
@@ -232,12 +235,13 @@ def test_users_callbacks_see_every_metric(tmp_path: Path) -> None:
 
 
 def test_verifiers_are_handed_the_running_trainers_state(tmp_path: Path) -> None:
-    """Of the run that is going on, not of the trainer before it."""
-    steps = []
+    """Of the run that is going on, not of the trainer before it; in a worker as here."""
 
-    def reward(completion: str, trainer_state: object) -> float:
-        steps.append(trainer_state.global_step)  # type: ignore[attr-defined]
+    def reward(completion: str, trainer_state: object, log_metric: Callable) -> float:
+        log_metric("finished_steps", trainer_state.global_step)  # type: ignore[attr-defined]
         return even_words(completion)
 
-    tiny_trainer(tmp_path, reward=reward, max_steps=2).train()
-    assert sorted(set(steps)) == [0, 1]
+    for in_process in (False, True):
+        trainer = tiny_trainer(tmp_path, reward={"name": reward, "in_process": in_process}, max_steps=2)
+        trainer.train()
+        assert values(trainer, "finished_steps") == [0, 1]

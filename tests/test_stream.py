@@ -12,7 +12,8 @@ import torch
 from grpo_hf.packing.attention import block_mask
 from grpo_hf.rewards import Scorer, get_rewards
 from grpo_hf.rollout.engine import Sampling
-from grpo_hf.rollout.planning import Peers, Plan
+from grpo_hf.rollout.peers import Peers
+from grpo_hf.rollout.planning import Plan
 from grpo_hf.rollout.prompts import PromptOrder, load_prompts
 from grpo_hf.rollout.sampler import GroupSampler
 from grpo_hf.rollout.stream import RolloutStream

@@ -156,7 +156,8 @@ def test_chat_prompts(tmp_path: Path) -> None:
         seen.append((prompt, completion))
         return 0.0
 
-    options = {"dataset": [{"prompt": chat}] * 2, "tokenizer": tokenizer, "reward": [batch, one]}
+    rewards = [batch, {"name": one, "in_process": True}]
+    options = {"dataset": [{"prompt": chat}] * 2, "tokenizer": tokenizer, "reward": rewards}
     trainer = tiny_trainer(tmp_path, **options)
     trainer.train()
     words = trainer.processing_class.convert_ids_to_tokens(trainer.prompts.ids[0])

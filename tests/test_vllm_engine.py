@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from dataclasses import replace
@@ -12,10 +13,12 @@ import torch
 from torch import nn
 
 from grpo_hf.rollout.engine import Sampling
+from grpo_hf.rollout.transformers_engine import cut_at_text
 from grpo_hf.rollout.vllm_engine import VLLMEngine
 from grpo_hf.rollout.vllm_process import as_it_was, same_random_state
 from grpo_hf.rollout.weight_sync import StaleEngineError, WeightSync
 from grpo_hf.types import Completion
+from tests.tiny import WORDS, tiny_tokenizer
 from tests.tiny_vllm import PROMPTS, SAMPLING, SEEDS, STOPS, difference, update, vllm_model, with_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -227,6 +230,56 @@ def test_an_engine_without_filters_gives_no_logprobs_of_filtered_samples(engine:
     """They would be those after the filters."""
     (group,) = sample(engine, replace(SAMPLING, top_k=2), prompts=[[8]], seeds=[1], n=1)
     assert group[0].rollout_logprobs is None
+
+
+JSON_WORDS = ["{", "}", '"a"', ":", "1", "2", *WORDS[6:]]
+STOP_STRINGS = ("w4", "w7")
+
+
+@pytest.fixture(scope="module")
+def text_engine() -> VLLMEngine:
+    """Holds a LoRA adapter beside the base weights, and decodes what it samples."""
+    return VLLMEngine(
+        with_lora(vllm_model(seed=2)),
+        version=lambda: 0,
+        sampling=replace(SAMPLING, stop_strings=STOP_STRINGS),
+        max_prompt_length=40,
+        tokenizer=tiny_tokenizer(JSON_WORDS),
+        lora_sync="adapter",
+    )
+
+
+def test_an_adapter_alone_follows_the_updates(text_engine: VLLMEngine) -> None:
+    """Invariant 5 with the adapter held by vLLM; the base weights are sent once."""
+    engine, model = text_engine, text_engine.weights.model
+    engine.sync_weights()
+    engine._load = lambda weights: pytest.fail("sent the base weights again")  # type: ignore[method-assign]
+    for updates in (1, 9, 90):
+        update(model, updates)
+        engine.sync_weights()
+        assert difference(model, PROMPTS, sample(engine), 1.0) < 1e-3
+
+
+def test_stop_strings_end_a_completion_as_transformers_ends_it(text_engine: VLLMEngine) -> None:
+    text_engine.sync_weights()
+    free = sample(text_engine)
+    stopped = sample(text_engine, replace(SAMPLING, stop_strings=STOP_STRINGS))
+    tokenizer = tiny_tokenizer(JSON_WORDS)
+    expected = [[cut_at_text(item, STOP_STRINGS, tokenizer) for item in group] for group in free]
+    assert ids(stopped) == ids(expected) != ids(free)
+    assert [[item.truncated for item in group] for group in stopped] == [[c.truncated for c in group] for group in expected]
+
+
+def test_a_json_schema_is_kept_to(text_engine: VLLMEngine) -> None:
+    """And there are no log-probs: they would be those under the grammar."""
+    text_engine.sync_weights()
+    tokenizer = tiny_tokenizer(JSON_WORDS)
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    sampling = replace(SAMPLING, stop_token_ids=(tokenizer.eos_token_id,), json_schema=json.dumps(schema))
+    (group,) = sample(text_engine, sampling, prompts=[[5]], seeds=[1], n=16)
+    objects = [json.loads(tokenizer.decode(item.ids, skip_special_tokens=True)) for item in group]
+    assert {value["a"] for value in objects} == {1, 2}
+    assert all(item.rollout_logprobs is None for item in group)
 
 
 def test_what_the_cpu_kernels_cannot_do_is_refused() -> None:

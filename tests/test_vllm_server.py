@@ -19,8 +19,8 @@ from grpo_hf.cli.serve import check_port
 from grpo_hf.rollout.engine import EngineLostError, Sampling
 from grpo_hf.rollout.vllm_client import VLLMClient
 from grpo_hf.rollout.vllm_server import VLLMServerEngine
+from grpo_hf.rollout.vllm_transfer import start_update
 from grpo_hf.rollout.weight_sync import StaleEngineError
-from grpo_hf.rollout.weight_transfer import start_update
 from grpo_hf.types import Completion
 from tests.runs import AfterStep, logs, lora, values
 from tests.server import Server

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -138,6 +139,7 @@ def tiny_trainer(
     tokenizer: PreTrainedTokenizerFast | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     peft_config: Any = None,
+    reward_processing_classes: Any = None,
     **settings: Any,
 ) -> GRPOTrainer:
     """A trainer that leaves nothing behind; its completions are of uneven lengths, since one token in five ends them."""
@@ -166,6 +168,7 @@ def tiny_trainer(
         args=GRPOConfig(output_dir=str(folder), **(defaults | settings)),
         train_dataset=dataset,
         processing_class=tokenizer or tiny_tokenizer(),
+        reward_processing_classes=reward_processing_classes,
         callbacks=list(callbacks),
         peft_config=peft_config,
     )
@@ -185,8 +188,9 @@ class Gradients(TrainerCallback):
 
 
 def gradient_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the gradient, by parameter."""
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    """A copy of the whole gradient, by parameter."""
+    trained = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad]
+    return {name: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for name, g in trained}
 
 
 def relative_error(gradient: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -41,6 +41,7 @@ SHARED = {
         "clip_ratio/high_mean": "high",
     },
 }
+OUTCOMES_TITLE = "Verifier calls without a score (share)"
 # Eval keys without a plot of their own: cost, spread and diagnostics.
 NO_PLOT_ENDS = ("/mean", "_std", "/std", "runtime", "_per_second", "_time", "epoch", "num_tokens")
 NO_PLOT_STARTS = ("eval_completions/", "eval_clip_ratio/", "eval_sampling/", "eval_time/", "eval_tokens")
@@ -122,7 +123,8 @@ def metric_name(key: str) -> str:
 def component_keys(metrics: Metrics, prefix: str = "") -> list[str]:
     """The keys ``rewards/<name>/mean``, without a lone one that only repeats the total reward."""
     logged = {key for line in metrics for key in line}
-    keys = sorted(key for key in logged if key.startswith(f"{prefix}rewards/") and key.endswith("/mean"))
+    means = (key for key in logged if key.startswith(f"{prefix}rewards/") and key.endswith("/mean"))
+    keys = sorted(key for key in means if not key.endswith("/seconds/mean"))
     repeats = len(keys) == 1 and curve(metrics, keys[0]) == curve(metrics, f"{prefix}reward")
     return [] if repeats else keys
 
@@ -131,7 +133,9 @@ def held_out_keys(metrics: Metrics) -> list[str]:
     """Eval metrics with a plot of their own: reward, its components, then what is neither cost, spread nor a twin."""
     twins = {f"eval_{key}" for labels in SHARED.values() for key in labels}
     logged = {key for line in metrics for key in line if key.startswith("eval_")} - twins
-    others = (key for key in logged if not key.endswith(NO_PLOT_ENDS) and not key.startswith(NO_PLOT_STARTS))
+    others = (
+        key for key in logged if not (key.endswith(NO_PLOT_ENDS) or key.startswith(NO_PLOT_STARTS) or "/outcomes/" in key)
+    )
     keys = dict.fromkeys(["eval_reward", *component_keys(metrics, "eval_"), *sorted(others)])
     return [key for key in keys if curve(metrics, key).values]
 
@@ -147,8 +151,15 @@ def run_panels(metrics: Metrics) -> list[Panel]:
         curves = {label: curve(metrics, key) for key, label in labels.items()}
         twins = {f"held-out {label}": curve(metrics, f"eval_{key}") for key, label in labels.items()}
         panels.append(Panel(title, {label: c for label, c in (curves | twins).items() if c.values}))
+    panels.append(Panel(OUTCOMES_TITLE, _outcome_curves(metrics)))
     panels.append(Panel("Where the time of a step went (seconds)", _time_curves(metrics), stacked=True))
     return [panel for panel in panels if any(c.values for c in panel.curves.values())]
+
+
+def _outcome_curves(metrics: Metrics) -> dict[str, Curve]:
+    """Shares of calls that ended without a score, by verifier and outcome, where there were any."""
+    found = {key: curve(metrics, key) for key in sorted({key for line in metrics for key in line}) if "/outcomes/" in key}
+    return {metric_name(key).replace("/outcomes/", ": "): c for key, c in found.items() if any(c.values)}
 
 
 def _time_curves(metrics: Metrics) -> dict[str, Curve]:

@@ -181,13 +181,21 @@ def _samples_html(samples: dict[str, list[Row]]) -> str:
 
 def _card(row: Row) -> str:
     rewards = {key.removeprefix("rewards/"): value for key, value in row.items() if key.startswith("rewards/")}
+    scores = {name: f"{_number(value)}{_outcome(row, name)}" for name, value in rewards.items()}
+    extra = {key.removeprefix("extra/"): str(value)[:80] for key, value in row.items() if key.startswith("extra/")}
     facts = {"reward": _number(row["reward"]), "advantage": _number(row["advantage"], sign="+")}
     facts |= {"step": f"{row['step']:,}", "length": f"{row['length']:,} tokens{', cut off' * bool(row['truncated'])}"}
-    lines = [facts, {name: _number(value) for name, value in rewards.items()}]
+    lines = [facts, scores, extra]
     items = ("".join(f"<span>{escape(k)} <b>{escape(v)}</b></span>" for k, v in line.items()) for line in lines)
     shown = "".join(f'<p class="facts">{line}</p>' for line in items if line)
     texts = "".join(f"<h4>{name}</h4>{_text(row[name.lower()])}" for name in ("Prompt", "Completion"))
     return f"<article>{shown}{texts}</article>"
+
+
+def _outcome(row: Row, name: str) -> str:
+    """How the verifier's call ended, where it was no plain success."""
+    outcome = row.get(f"outcomes/{name}") or "scored"
+    return "" if outcome == "scored" else f", {outcome.replace('_', ' ')}"
 
 
 def _text(text: str) -> str:

@@ -1,5 +1,10 @@
 """Verifiable rewards: a registry that finds verifiers, and the calls that score samples with them."""
 
+from grpo_hf.rewards.combinators import clip, gate, weighted_sum
+from grpo_hf.rewards.faults import RewardFaultError
+from grpo_hf.rewards.gold import BadGold, check_gold
+from grpo_hf.rewards.judging import Verdict
+from grpo_hf.rewards.outcomes import FAULTS, NO_ANSWER, OUTCOMES, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import (
     Reward,
     RewardSpec,
@@ -9,16 +14,32 @@ from grpo_hf.rewards.registry import (
     known_rewards,
     register_reward,
 )
-from grpo_hf.rewards.scoring import score, score_group_rewards
+from grpo_hf.rewards.scorer import Scorer, score_samples
+from grpo_hf.rewards.scoring import score
+from grpo_hf.rewards.settings import RewardSettings
 
 __all__ = [
+    "FAULTS",
+    "NO_ANSWER",
+    "OUTCOMES",
+    "BadGold",
+    "BadGoldError",
     "Reward",
+    "RewardFaultError",
+    "RewardSettings",
     "RewardSpec",
+    "Scorer",
+    "Verdict",
     "check_columns",
+    "check_gold",
+    "clip",
+    "gate",
     "get_reward",
     "get_rewards",
     "known_rewards",
+    "parses_gold",
     "register_reward",
     "score",
-    "score_group_rewards",
+    "score_samples",
+    "weighted_sum",
 ]

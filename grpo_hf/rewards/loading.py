@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import sys
@@ -22,7 +23,7 @@ def load_function(place: str, attribute: str, spec: str) -> Callable[..., Any]:
     Raises:
         ValueError: there is no such file, module or attribute, or it cannot be called.
     """
-    module = _module_from_file(place, spec) if place.endswith(".py") else _module(place, spec)
+    module = module_from_file(place, spec) if place.endswith(".py") else _module(place, spec)
     if not hasattr(module, attribute):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ValueError(f"{spec!r}: {place} has no attribute {attribute!r}{nearest(attribute, names)}")
@@ -30,6 +31,23 @@ def load_function(place: str, attribute: str, spec: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"{spec!r} is not a function but {function!r}")
     return function
+
+
+def place_in_file(thing: Any) -> tuple[str, str] | None:
+    """Path and qualified name of a function or class that a file loaded by its path holds; None for any other thing."""
+    file, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    if not (isinstance(file, str) and isinstance(name, str) and Path(file) in _modules_from_files):
+        return None
+    return (file, name) if _attribute(_modules_from_files[Path(file)], name) is thing else None
+
+
+def from_file(file: str, name: str) -> Any:
+    """What has that qualified name in a file, which is loaded where it is not yet."""
+    return _attribute(module_from_file(file, file), name)
+
+
+def _attribute(module: ModuleType, name: str) -> Any:
+    return functools.reduce(lambda thing, part: getattr(thing, part, None), name.split("."), module)  # type: ignore
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -50,7 +68,7 @@ def _module(name: str, spec: str) -> ModuleType:
         ) from error
 
 
-def _module_from_file(file: str, spec: str) -> ModuleType:
+def module_from_file(file: str, spec: str) -> ModuleType:
     """Load a Python file, once per process, as a module whose name is its path."""
     path = Path(file).expanduser().resolve()
     if path not in _modules_from_files:

@@ -46,6 +46,15 @@ class Reward:
     """True when it has `**kwargs` and so gets every column."""
     is_async: bool
     """True when its calls are awaited."""
+    in_process: bool = False
+    """True when it is called in this process though it could go to a worker."""
+    gold_column: str | None = None
+    """The column that its parse_gold reads, once a prompt; None where it has none."""
+
+    @property
+    def in_worker(self) -> bool:
+        """Whether its calls go to worker processes, which deadlines and memory limits need."""
+        return self.per_sample and not self.is_async and not self.in_process
 
     def accepts(self, name: str) -> bool:
         """Say whether the keyword `name` is to be passed to the function."""
@@ -66,6 +75,8 @@ def describe(name: str, function: Callable[..., Any]) -> Reward:
         raise ValueError(f"the verifier {name!r} mixes the two forms: nothing fills its parameter {misfit!r}; {FORMS}")
     bound = tuple(function.keywords) if isinstance(function, functools.partial) else ()
     free = {key: p for key, p in named.items() if key not in bound}
+    inner = _inner(function)
+    gold_column = getattr(inner, "gold_column", None)
     columns = {key: p for key, p in free.items() if key not in BUILT_INS}
     return Reward(
         name=name,
@@ -77,7 +88,21 @@ def describe(name: str, function: Callable[..., Any]) -> Reward:
         bound=bound,
         takes_all=any(p.kind is p.VAR_KEYWORD for p in parameters),
         is_async=_is_async(function),
+        in_process=getattr(inner, "in_process", False),
+        gold_column=gold_column if per_sample and gold_column in free else None,
     )
+
+
+def judge_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What judges by a parsed gold answer, in a verifier that parses one; its options stay bound."""
+    if isinstance(function, functools.partial):
+        return functools.partial(judge_of(function.func), *function.args, **function.keywords)
+    return function.judge  # type: ignore[attr-defined]
+
+
+def parser_of(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """What parses a gold answer, in a verifier that does."""
+    return _inner(function).parse_gold  # type: ignore[attr-defined]
 
 
 def _inner(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,4 +128,5 @@ def where(function: Callable[..., Any]) -> str:
 def _is_async(function: Callable[..., Any]) -> bool:
     """Say whether a call gives something to await; a callable object is judged by its `__call__`."""
     inner = _inner(function)
+    inner = getattr(inner, "judge", inner)
     return any(map(inspect.iscoroutinefunction, (inner, getattr(inner, "__call__", None))))  # noqa: B004

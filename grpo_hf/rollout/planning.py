@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -13,23 +12,9 @@ from torch import Tensor
 from grpo_hf.algorithm.advantages import ADVANTAGES
 from grpo_hf.algorithm.aggregation import Denominators
 from grpo_hf.packing.layout import LAYOUTS, num_tokens
+from grpo_hf.rollout.balance import balanced
+from grpo_hf.rollout.peers import Peers
 from grpo_hf.types import Completion, Group, PackedBatch
-
-
-@dataclass(frozen=True)
-class Peers:
-    """This process among those that train together."""
-
-    rank: int
-    """Its number, from 0."""
-    count: int
-    """How many there are."""
-    gather: Callable[[Any], list[Any]]
-    """One process's object -> the list of all processes' objects, by rank."""
-
-
-ALONE = Peers(rank=0, count=1, gather=lambda item: [item])
-"""A run of one process."""
 
 
 @dataclass
@@ -39,7 +24,7 @@ class Update:
     microbatches: list[PackedBatch]
     """Never empty; on the CPU until they are run."""
     denominators: Denominators
-    """Of the loss; counted before anything was dropped."""
+    """Of the loss; counted before completions without signal were dropped, but without those that have no reward."""
 
 
 @dataclass(frozen=True)
@@ -60,34 +45,45 @@ class Plan:
     """Leave completions that hit the length limit out of the loss."""
     keep_zero_signal: bool = False
     """Forward completions with advantage 0 too, for a KL or entropy term, or to check that dropping them is exact."""
+    balance: bool = False
+    """Let processes train on each other's groups, so that all have about as many tokens."""
+    same_number: bool = False
+    """Give every process as many micro-batches, for forward passes that all of them have to run together."""
 
     def updates(self, groups: list[Group], peers: Peers) -> list[Update]:
-        """Set every completion's advantage and cut the rollout into updates."""
+        """Set every completion's advantage and cut the rollout into updates; no reward (NaN): no part in the loss."""
         assign_advantages(groups, self.advantage, peers)
-        counted = [completion for group in groups for completion in group.completions if self._counts(completion)]
-        tokens = sum(peers.gather(sum(len(completion.ids) for completion in counted)))
-        num_completions = sum(len(group.completions) for group in groups)
+        completions = [completion for group in groups for completion in group.completions]
+        tokens = sum(len(completion.ids) for completion in completions if self._counts(completion))
+        sequences = sum(not math.isnan(completion.reward) for completion in completions)
+        tokens, sequences = map(sum, zip(*peers.gather((tokens, sequences)), strict=True))
         parts = _split(groups, self.updates_per_rollout)
+        batches = [self._microbatches(part, peers) for part in parts]
+        if self.same_number:
+            numbers = [max(column) for column in zip(*peers.gather([len(batch) for batch in batches]), strict=True)]
+            batches = [batch + _idle(batch, number - len(batch)) for batch, number in zip(batches, numbers, strict=True)]
         return [
             Update(
-                microbatches=self._microbatches(part),
+                microbatches=batch,
                 denominators=Denominators(
                     tokens=tokens / self.updates_per_rollout,
-                    sequences=num_completions * peers.count / self.updates_per_rollout,
+                    sequences=max(sequences, 1) / self.updates_per_rollout,
                     local_tokens=sum(len(c.ids) for group in part for c in group.completions if self._counts(c)),
                     num_processes=peers.count,
                     max_completion_length=self.max_completion_length,
                 ),
             )
-            for part in parts
+            for part, batch in zip(parts, batches, strict=True)
         ]
 
-    def _microbatches(self, groups: list[Group]) -> list[PackedBatch]:
+    def _microbatches(self, groups: list[Group], peers: Peers) -> list[PackedBatch]:
         kept = [
             Group(group.prompt, completions)
             for group in groups
             if (completions := [item for item in group.completions if self._has_gradient(item)])
         ]
+        if self.balance:
+            kept = balanced(kept, peers)
         pack = LAYOUTS[self.layout]
         if kept:
             return pack(kept, tokens_per_microbatch=self.tokens_per_microbatch)
@@ -98,10 +94,15 @@ class Plan:
         return [batch]
 
     def _counts(self, completion: Completion) -> bool:
-        return not (self.mask_truncated_completions and completion.truncated)
+        return not (math.isnan(completion.reward) or (self.mask_truncated_completions and completion.truncated))
 
     def _has_gradient(self, completion: Completion) -> bool:
         return self._counts(completion) and (self.keep_zero_signal or completion.advantage != 0.0)
+
+
+def _idle(batches: list[PackedBatch], count: int) -> list[PackedBatch]:
+    """Micro-batches that add nothing to the gradient."""
+    return [replace(min(batches, key=lambda batch: batch.num_tokens), weight=0.0) for _ in range(count)]
 
 
 def assign_advantages(groups: list[Group], form: str, peers: Peers) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo_hf.metrics import Metrics
-from grpo_hf.rewards import Reward, score_group_rewards
+from grpo_hf.rewards import Scorer
+from grpo_hf.rewards.faults import Tally
 from grpo_hf.rollout.engine import Engine, Sampling
 from grpo_hf.types import Completion, Group, Prompt
 
@@ -36,14 +37,14 @@ class GroupSampler:
     """Samples token ids."""
     tokenizer: PreTrainedTokenizerBase
     """Decodes them for the verifiers."""
-    rewards: list[Reward]
-    """The verifiers."""
-    reward_weights: list[float]
-    """One a verifier."""
+    scorer: Scorer
+    """The verifiers, and what runs them."""
     metrics: Metrics = field(default_factory=Metrics)
     """Where the times go."""
     trainer_state: Callable[[], Any] = lambda: None
     """Gives what verifiers that ask for it are handed: Trainer makes a new state when training starts."""
+    tally: Tally = field(default_factory=dict)
+    """How the verifiers' calls of the last groups ended."""
 
     def sample(self, prompts: list[Prompt], seeds: list[int], num_generations: int, sampling: Sampling) -> list[Group]:
         """One scored group a prompt."""
@@ -55,20 +56,17 @@ class GroupSampler:
         return Sampled([Group(prompt, []) for prompt in prompts], self.engine.sample(ids, seeds, num_generations, sampling))
 
     def finish(self, sampled: Sampled) -> list[Group]:
-        """The groups, decoded and scored."""
+        """The groups, decoded, and scored from the moment that each is there; "score" is what is left of that at the end."""
         groups = sampled.groups
-        with self.metrics.phase("generate"):
-            for number, completions in sampled.completions:
-                texts = self.tokenizer.batch_decode([item.ids for item in completions], skip_special_tokens=True)
-                for completion, text in zip(completions, texts, strict=True):
-                    completion.text = text
-                groups[number].completions = completions
-        with self.metrics.phase("score"):
-            score_group_rewards(
-                self.rewards,
-                self.reward_weights,
-                groups,
-                trainer_state=self.trainer_state(),
-                log_metric=lambda name, value: self.metrics.mean(name, value),
-            )
+        with self.scorer.round(self.trainer_state()) as scoring:
+            with self.metrics.phase("generate"):
+                scoring.expect(group.prompt.row for group in groups)
+                for number, completions in sampled.completions:
+                    texts = self.tokenizer.batch_decode([item.ids for item in completions], skip_special_tokens=True)
+                    for completion, text in zip(completions, texts, strict=True):
+                        completion.text = text
+                    groups[number].completions = completions
+                    scoring.add_group(number, groups[number])
+            with self.metrics.phase("score"):
+                self.tally = self.scorer.settle(groups, list(scoring.verdicts()), self.metrics.mean)
         return groups

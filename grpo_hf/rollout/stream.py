@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_hf.rollout.engine import Sampling
-from grpo_hf.rollout.planning import ALONE, Peers, Plan, Update
+from grpo_hf.rollout.peers import ALONE, Peers
+from grpo_hf.rollout.planning import Plan, Update
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, derived_seed
 from grpo_hf.rollout.sampler import GroupSampler, Sampled
 from grpo_hf.types import Group

@@ -80,10 +80,13 @@ class TransformersEngine:
         pad_token_id: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        together: bool = False,
     ):
-        """``tokenizer`` is for stop strings alone."""
+        """``tokenizer`` is for stop strings alone; ``together``: forward passes take all processes, so that each goes on
+        until all have finished."""
         # One autocast around all tokens casts the weights once; inside the model's own forward it would for each token.
         self.model, self.pad_token_id, self.tokenizer, self.autocast = model, pad_token_id, tokenizer, autocast
+        self.together = together
 
     def sync_weights(self) -> None:
         """Nothing to do: the engine reads the trainer's own tensors."""
@@ -95,10 +98,10 @@ class TransformersEngine:
         """See Engine.sample; all groups finish together."""
         if sampling.structured:
             raise ValueError("structured outputs need vLLM: set use_vllm=True, or leave the regex and the schema out")
-        if not prompts:
+        if not prompts and not self.together:
             return
-        rows = [ids for ids in prompts for _ in range(num_generations)]
-        row_seeds = [seed + n for seed in seeds for n in range(num_generations)]
+        rows = [ids for ids in prompts for _ in range(num_generations)] or [[self.pad_token_id]]
+        row_seeds = [seed + n for seed in seeds for n in range(num_generations)] or [0]
         longest = max(map(len, rows))
         device = self.model.device
         input_ids = torch.tensor([[self.pad_token_id] * (longest - len(ids)) + ids for ids in rows], device=device)
@@ -116,6 +119,7 @@ class TransformersEngine:
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     logits_processor=processors,
+                    synced_gpus=self.together,
                     stopping_criteria=self._criteria(sampling, prompt_length=longest),
                     generation_config=GenerationConfig(
                         do_sample=False,

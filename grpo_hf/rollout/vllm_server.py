@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from grpo_hf.rollout.engine import EngineLostError, Sampling
-from grpo_hf.rollout.planning import ALONE, Peers
+from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.vllm_client import HOW_TO_START, ServerInfo, ServerLostError, VLLMClient
 from grpo_hf.rollout.vllm_support import (
     check_context,
@@ -29,8 +29,8 @@ from grpo_hf.rollout.vllm_support import (
     lora_options,
     request_options,
 )
+from grpo_hf.rollout.vllm_transfer import make_transfer, roomy_folder
 from grpo_hf.rollout.weight_sync import EngineWeights, WeightSync, save_adapter
-from grpo_hf.rollout.weight_transfer import make_transfer, roomy_folder
 from grpo_hf.types import Completion
 
 logger = logging.get_logger(__name__)

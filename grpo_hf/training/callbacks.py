@@ -13,6 +13,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from grpo_hf.metrics import Metrics
 from grpo_hf.report import write_report
+from grpo_hf.rollout.record import keep_until
 from grpo_hf.training.checks import weights_not_finite
 from grpo_hf.types import Group
 
@@ -38,6 +39,11 @@ class RewardProgress(ProgressCallback):
 class MetricsFile(TrainerCallback):
     """Appends every log line to <output_dir>/metrics.jsonl, the step first."""
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """On a resume, drop the lines of steps that a killed run has taken after its last checkpoint."""
+        if state.is_world_process_zero and state.global_step:
+            keep_until(Path(args.output_dir, "metrics.jsonl"), state.global_step)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Write one line."""
         if state.is_world_process_zero and logs:
@@ -53,10 +59,6 @@ class StepClock(TrainerCallback):
     def __init__(self, metrics: Metrics, updates_per_epoch: int):
         self.metrics, self.updates_per_epoch = metrics, updates_per_epoch
         self.phase: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What came before training is no part of its first step."""
-        self.metrics.reset()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -111,6 +113,11 @@ def print_samples(groups: list[Group], step: int, count: int) -> None:
     """Print the first completions of the first groups with their rewards."""
     for group in groups[:count]:
         item = group.completions[0]
-        scores = ", ".join(f"{name} {value:.3g}" for name, value in item.rewards.items())
+        scores = ", ".join(
+            f"{name} {value:.3g}" + (f" {outcome}" if (outcome := item.outcomes.get(name, "scored")) != "scored" else "")
+            for name, value in item.rewards.items()
+        )
         print(f"--- step {step}: reward {item.reward:.3g} ({scores}), advantage {item.advantage:.3g}")
         print(f"{group.prompt.raw}\n>>> {item.text}", flush=True)
+        for name, value in item.extra.items():
+            print(f"{name}: {value}", flush=True)

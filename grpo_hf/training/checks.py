@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from grpo_hf.rewards import Reward, check_columns, get_rewards
+from grpo_hf.rewards import Reward, Scorer, check_columns, get_rewards
+from grpo_hf.rewards.gold import bad_gold
 from grpo_hf.rollout.planning import Update
 from grpo_hf.rollout.prompts import PromptSet, checked_dataset, load_prompts
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.models import context_length
 
+logger = logging.get_logger(__name__)
+
 NOT_HERE = {
-    "reward_processing_classes": "reward models are not part of this version; wrap one in a reward function",
     "tools": "completions are single-turn here",
     "rollout_func": "write an engine with the methods of grpo_hf.rollout.engine.Engine",
     "environment_factory": "completions are single-turn here",
@@ -41,9 +45,18 @@ def check_reference(args: GRPOConfig, *, lora: bool) -> None:
         )
 
 
-def checked_rewards(reward_funcs: Any, args: GRPOConfig) -> tuple[list[Reward], list[float]]:
-    """The verifiers and one weight each."""
+def checked_rewards(reward_funcs: Any, args: GRPOConfig, processing_classes: Any = None) -> tuple[list[Reward], list[float]]:
+    """The verifiers and one weight each; tokenizers of reward models are given one for each reward, None for the others."""
     rewards = get_rewards(reward_funcs if reward_funcs is not None else [])
+    tokenizers = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(rewards)
+    if len(tokenizers) != len(rewards):
+        raise ValueError(
+            f"reward_processing_classes has {len(tokenizers)} entries for {len(rewards)} rewards; give one each, None where "
+            f"the reward is no model"
+        )
+    for reward, tokenizer in zip(rewards, tokenizers, strict=True):
+        if tokenizer is not None and hasattr(reward.function, "processing_class"):
+            reward.function.processing_class = tokenizer
     weights = args.reward_weights or [1.0] * len(rewards)
     if not rewards:
         raise ValueError("reward_funcs is empty: give at least one verifier, by name or as a function")
@@ -60,11 +73,11 @@ def checked_prompts(
     name: str,
     *,
     args: GRPOConfig,
-    rewards: list[Reward],
+    scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
 ) -> PromptSet:
-    """The tokenized prompts of a dataset that has every column and fits into the model's context."""
+    """The tokenized prompts of a dataset that has every column, answers that can be read, and fits into the context."""
     context = context_length(config)
     if context is not None and context <= args.max_completion_length:
         raise ValueError(
@@ -74,8 +87,8 @@ def checked_prompts(
     if isinstance(table, dict):
         raise ValueError(f"{name} holds several data sets ({', '.join(table)}); give one: {name}[{next(iter(table), '')!r}]")
     table = checked_dataset(table, name)
-    check_columns(rewards, table.column_names, name)
-    return load_prompts(
+    check_columns(scorer.rewards, table.column_names, name)
+    prompts = load_prompts(
         table,
         tokenizer,
         name=name,
@@ -83,6 +96,25 @@ def checked_prompts(
         overlong_prompts=args.overlong_prompts,
         chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
     )
+    return prompts if args.bad_gold_rows == "keep" else with_good_gold(prompts, name, args, scorer)
+
+
+def with_good_gold(prompts: PromptSet, name: str, args: GRPOConfig, scorer: Scorer) -> PromptSet:
+    """The prompts whose gold answers every verifier can read; each process looks at its share of them."""
+    if not any(reward.gold_column for reward in scorer.rewards):
+        return prompts
+    share = prompts.kept[args.process_index :: args.world_size]
+    bad = [item for part in gather_object([bad_gold(scorer, prompts.dataset, share)]) for item in part]
+    if not bad:
+        return prompts
+    rows = {item.row for item in bad}
+    said = "\n".join(f"- row {item.row}, {item.verifier}: {item.message.splitlines()[-1]}" for item in bad[:10])
+    message = f"{name}: the answers of {len(rows)} of {len(prompts)} rows cannot be read, the first of them:\n{said}\n"
+    kept = [number for number, row in enumerate(prompts.kept) if row not in rows]
+    if args.bad_gold_rows == "error" or not kept:
+        raise ValueError(message + "Mend these rows, or set bad_gold_rows='drop'; `grpo-hf verify --gold` lists all of them")
+    logger.warning(message + "They were dropped")
+    return PromptSet(prompts.dataset, [prompts.ids[number] for number in kept], [prompts.kept[number] for number in kept])
 
 
 def check_enough_prompts(prompts: PromptSet, args: GRPOConfig) -> None:

@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
@@ -18,6 +18,7 @@ from grpo_hf.algorithm.kl import KL_ESTIMATORS
 from grpo_hf.algorithm.losses import LEVELS
 from grpo_hf.algorithm.objective import LOSS_TYPES, Objective, engine_correction
 from grpo_hf.packing.layout import LAYOUTS
+from grpo_hf.rewards.settings import DEFAULT_POLICY, RewardSettings
 from grpo_hf.rollout.weight_sync import LORA_SYNCS
 from grpo_hf.training.trl_names import TRL_ONLY
 
@@ -57,11 +58,12 @@ class GRPOConfig(TrainingArguments):
     they are cut into forward passes is decided by `tokens_per_microbatch` alone and changes no gradient.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  (the base class has it so)
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "chat_template_kwargs",
         "vllm_structured_outputs_json",
+        "reward_policy",
     ]
 
     learning_rate: float = option(1e-6, "Initial learning rate.")
@@ -119,6 +121,17 @@ class GRPOConfig(TrainingArguments):
     vllm_importance_sampling_clip_max: float | None = option(3.0, "Upper bound of that weight; None: no bound.")
     vllm_importance_sampling_clip_min: float | None = option(None, "Lower bound of that weight; None: no bound.")
 
+    # Verifiers
+    reward_timeout: float = option(10.0, "Seconds that one call of a verifier may take.")
+    reward_memory_gb: float = option(4.0, "Memory that one call may add to its worker process.")
+    reward_workers: int | None = option(None, "Worker processes for verifiers; None: this process's share of the cores.")
+    reward_concurrency: int = option(64, "Calls of async verifiers at a time.")
+    reward_policy: dict | str | None = option(
+        None, f"What becomes of calls by outcome: {', '.join(f'{k}: {v}' for k, v in DEFAULT_POLICY.items())}; or stop."
+    )
+    reward_max_fault_share: float = option(0.2, "Stop when more of a verifier's calls over a rollout are faults.")
+    bad_gold_rows: str = option("error", "Rows whose own answer no verifier can read: 'error', 'drop', or 'keep' unseen.")
+
     # Objective
     loss_type: str = option("dapo", f"One of {', '.join(LOSS_TYPES)}.")
     importance_sampling_level: str = option("token", "Ratio per 'token', or per 'sequence' (GSPO).")
@@ -145,6 +158,7 @@ class GRPOConfig(TrainingArguments):
     token_layout: str = option(
         "auto", "'packed' (prompts shared, no padding), 'padded', or 'auto': packed if the model can."
     )
+    balance_processes: bool = option(True, "Processes train on each other's groups, for as many tokens each; same gradient.")
     keep_zero_signal: bool = option(False, "Forward completions with advantage 0 too; same gradient, more work.")
 
     # What a run leaves
@@ -166,6 +180,7 @@ class GRPOConfig(TrainingArguments):
         self._check_names()
         self._check_numbers()
         self._check_batches()
+        self.reward_settings()
 
     # ---- Derived numbers
 
@@ -221,6 +236,17 @@ class GRPOConfig(TrainingArguments):
         schema = self.vllm_structured_outputs_json
         return json.dumps(schema) if isinstance(schema, dict) else schema
 
+    def reward_settings(self) -> RewardSettings:
+        """How verifiers are run; raises ValueError for settings that cannot be."""
+        return RewardSettings(
+            timeout=self.reward_timeout,
+            memory_gb=self.reward_memory_gb,
+            workers=self.reward_workers,
+            concurrency=self.reward_concurrency,
+            policy=self.reward_policy or {},  # type: ignore[arg-type]
+            max_fault_share=self.reward_max_fault_share,
+        )
+
     @property
     def compute_dtype(self) -> torch.dtype | None:
         """What autocast computes in; None: the model's own."""
@@ -251,6 +277,7 @@ class GRPOConfig(TrainingArguments):
             "kl_estimator": KL_ESTIMATORS,
             "token_layout": ("auto", *LAYOUTS),
             "overlong_prompts": ("error", "drop"),
+            "bad_gold_rows": ("error", "drop", "keep"),
             "vllm_mode": ("colocate", "server"),
             "vllm_lora_sync": LORA_SYNCS,
             "rollout_ahead": (0, 1),

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_hf.rollout.engine import Engine, Sampling
-from grpo_hf.rollout.planning import Peers
+from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.prompts import PromptSet
 from grpo_hf.rollout.transformers_engine import TransformersEngine
 from grpo_hf.rollout.vllm_engine import VLLMEngine
@@ -30,11 +30,14 @@ def make_engine(
     autocast: Callable[[], Any],
     finished_updates: Callable[[], int],
     peers: Peers,
+    sharded: bool,
 ) -> Engine:
     """The engine that the settings ask for, on the model's device; ``prompts`` are all that it will be given."""
     if not args.use_vllm:
         assert tokenizer.pad_token_id is not None
-        return TransformersEngine(model, pad_token_id=tokenizer.pad_token_id, tokenizer=tokenizer, autocast=autocast)
+        return TransformersEngine(
+            model, pad_token_id=tokenizer.pad_token_id, tokenizer=tokenizer, autocast=autocast, together=sharded
+        )
     shared: dict[str, Any] = {
         "version": finished_updates,
         "sampling": sampling,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -49,6 +50,13 @@ def context_length(config: PretrainedConfig) -> int | None:
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A reference model: the same weights, never trained."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def is_sharded(accelerator: Any) -> bool:
+    """Whether forward passes gather weights, so that all processes have to run as many."""
+    state = accelerator.state
+    zero3 = state.deepspeed_plugin is not None and state.deepspeed_plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP or zero3
 
 
 def run_inside(wrapped: nn.Module, inner: nn.Module, function: Callable[..., Any], *args: Any) -> Any:

@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from grpo_hf.algorithm.objective import Objective
@@ -23,11 +23,20 @@ from grpo_hf.evaluation import evaluate_prompts
 from grpo_hf.metrics import Metrics
 from grpo_hf.packing.choose import choose_layout, disable_dropout
 from grpo_hf.packing.logprobs import batch_logprobs
-from grpo_hf.rewards import RewardSpec
+from grpo_hf.rewards import RewardSpec, Scorer
+from grpo_hf.rewards.faults import merged, stop_if_faulty
 from grpo_hf.rollout.engine import EngineLostError
-from grpo_hf.rollout.planning import Peers, Plan, Update
+from grpo_hf.rollout.peers import Peers
+from grpo_hf.rollout.planning import Plan, Update
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, prepare_tokenizer
-from grpo_hf.rollout.record import record_forward, record_rollout, set_aside_earlier_run, write_rollout
+from grpo_hf.rollout.record import (
+    put_back,
+    record_forward,
+    record_outcomes,
+    record_rollout,
+    set_aside_earlier_run,
+    write_rollout,
+)
 from grpo_hf.rollout.sampler import GroupSampler
 from grpo_hf.rollout.stream import Rollout, RolloutStream
 from grpo_hf.rollout.vllm_support import installed_vllm
@@ -40,7 +49,7 @@ from grpo_hf.training.callbacks import (
     SyncReference,
     print_samples,
 )
-from grpo_hf.training.checkpoints import load_last, resume_point, save_last
+from grpo_hf.training.checkpoints import begin, finish, load_part, resume_point, run_of, save_part
 from grpo_hf.training.checks import (
     check_enough_prompts,
     check_reference,
@@ -51,7 +60,8 @@ from grpo_hf.training.checks import (
 )
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import make_engine, make_sampling, mismatch_warning
-from grpo_hf.training.models import causal_lm, frozen_copy, load_config, load_model, load_tokenizer, run_inside
+from grpo_hf.training.models import causal_lm, frozen_copy, is_sharded, load_config, load_model, load_tokenizer, run_inside
+from grpo_hf.training.same_run import check_same_run, describe_run
 from grpo_hf.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -64,8 +74,9 @@ class GRPOTrainer(Trainer):
     """Train a causal LM with GRPO (Shao et al. 2024, arXiv 2402.03300) and its descendants.
 
     The constructor is TRL's. `model` is a name, a path or a causal LM; `reward_funcs` one or several of: a registered
-    name, `package.module:function`, `path/file.py:function`, a function. `train_dataset` needs a column "prompt" (strings
-    or chat messages); verifiers take the other columns by name. Raises ValueError for bad input before any weights load.
+    name, `package.module:function`, `path/file.py:function`, a function, a sequence-classification model. `train_dataset`
+    needs a column "prompt" (strings or chat messages); verifiers take the other columns by name. Raises ValueError for bad
+    input before any weights load.
     """
 
     args: GRPOConfig  # type: ignore[assignment]
@@ -81,6 +92,7 @@ class GRPOTrainer(Trainer):
         train_dataset: Dataset | list[dict[str, Any]] | None = None,
         eval_dataset: Dataset | list[dict[str, Any]] | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
@@ -93,14 +105,15 @@ class GRPOTrainer(Trainer):
         if args.use_vllm and args.vllm_mode == "colocate":
             installed_vllm()
         self.metrics = Metrics()
-        self.rewards, self.reward_weights = checked_rewards(reward_funcs, args)
+        self.rewards, self.reward_weights = checked_rewards(reward_funcs, args, reward_processing_classes)
+        self.scorer = Scorer(self.rewards, self.reward_weights, args.reward_settings())
         init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         if quantization_config is not None:
             init["quantization_config"] = quantization_config
         shared = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
         tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, **shared))
         self._check = partial(
-            checked_prompts, args=args, rewards=self.rewards, tokenizer=tokenizer, config=load_config(model, **shared)
+            checked_prompts, args=args, scorer=self.scorer, tokenizer=tokenizer, config=load_config(model, **shared)
         )
         self.prompts = train = self._check(train_dataset, "train_dataset")
         check_enough_prompts(train, args)
@@ -125,9 +138,13 @@ class GRPOTrainer(Trainer):
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgress())
+        for reward in self.rewards:
+            if hasattr(reward.function, "processing_class"):  # a model
+                reward.function.to(self.args.device)  # type: ignore[attr-defined]
         self.loss_is_scaled_for_ga = True
         self.objective: Objective = args.objective()
         self.peers = Peers(self.args.process_index, self.args.world_size, lambda item: gather_object([item]))
+        self.sharded = is_sharded(self.accelerator)
         self.stream = self._make_stream(tokenizer)
         self.add_callback(StepClock(self.metrics, len(self.stream) // args.gradient_accumulation_steps))
         self.ref_model = self._make_reference() if self.objective.beta else None
@@ -135,6 +152,7 @@ class GRPOTrainer(Trainer):
             self.add_callback(SyncReference(self.model, self.ref_model))
         self._last_logged_step = 0
         self._run_folder_is_ours = False
+        self._set_aside: Path | None = None
 
     # ---- Setting up
 
@@ -156,12 +174,12 @@ class GRPOTrainer(Trainer):
                 prompts=[self.prompts, *self.eval_prompts.values()],
                 tokenizer=tokenizer,
                 peers=self.peers,
+                sharded=self.sharded,
                 finished_updates=lambda: self.state.global_step,
                 autocast=self.accelerator.autocast,
             ),
             tokenizer=tokenizer,
-            rewards=self.rewards,
-            reward_weights=self.reward_weights,
+            scorer=self.scorer,
             metrics=self.metrics,
             trainer_state=lambda: self.state,
         )
@@ -180,6 +198,9 @@ class GRPOTrainer(Trainer):
                 max_completion_length=args.max_completion_length,
                 mask_truncated_completions=args.mask_truncated_completions,
                 keep_zero_signal=args.keep_zero_signal or self.objective.needs_every_token,
+                # A local mean is over the completions that a process has sampled itself.
+                balance=args.balance_processes and self.peers.count > 1 and args.loss_type != "bnpo",
+                same_number=self.sharded,
             ),
             num_iterations=args.num_iterations,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -197,8 +218,9 @@ class GRPOTrainer(Trainer):
     # ---- Rollouts
 
     def get_train_dataloader(self) -> RolloutStream:  # type: ignore[override]
-        """The rollout stream; rollouts that an earlier train() has left in it are not this one's."""
+        """The rollout stream; rollouts and measurements that an earlier train() has left are not this one's."""
         self.stream.reset()
+        self.metrics.reset()
         self._last_logged_step = 0
         return self.stream
 
@@ -214,7 +236,8 @@ class GRPOTrainer(Trainer):
         self._claim_run_folder()
         step = self.state.global_step + 1
         record_rollout(self.metrics, rollout, self.peers)
-        record_forward(self.metrics, rollout, num_iterations=self.args.num_iterations)
+        record_outcomes(self.metrics, self.sampler.tally)
+        record_forward(self.metrics, rollout, self.peers, num_iterations=self.args.num_iterations)
         if self.args.use_vllm:
             self.metrics.mean("sampling/staleness", self.state.global_step - rollout.version)
         sizes = [(len(g.prompt.ids) * len(g.completions), sum(len(c.ids) for c in g.completions)) for g in rollout.groups]
@@ -225,6 +248,7 @@ class GRPOTrainer(Trainer):
         since_log = self.state.global_step % max(1, int(self.state.logging_steps or 1))
         if self.args.log_completions and self.peers.rank == 0 and since_log < self.stream.steps_per_rollout:
             print_samples(rollout.groups, step, self.args.num_completions_to_print or 4)
+        stop_if_faulty(merged(self.peers.gather(self.sampler.tally)), self.scorer.settings)
         with self.metrics.phase("logprobs"):
             for number, update in enumerate(rollout.updates):
                 update.microbatches = [batch.to(self.args.device) for batch in update.microbatches]
@@ -246,11 +270,13 @@ class GRPOTrainer(Trainer):
         with self.metrics.phase("forward_backward"):
             for number, batch in enumerate(update.microbatches, start=1):
                 last = number == len(update.microbatches)
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                # Gradients that are not synchronized are whole ones, for which sharded models have no room.
+                with contextlib.nullcontext() if last or self.sharded else self.accelerator.no_sync(model):
                     part = self._loss(model, batch, update)
                     self.accelerator.backward(part)
                 loss += part.detach()
         self._stop_unless_finite("loss", loss, update)
+        self.metrics.mean("loss", loss.detach())
         return loss
 
     def _loss(self, model: nn.Module, batch: PackedBatch, update: Update) -> Tensor:
@@ -361,6 +387,10 @@ class GRPOTrainer(Trainer):
     ) -> TrainOutput:
         """Trainer's; "auto" goes on from the newest whole checkpoint in output_dir, or starts anew."""
         checkpoint = resume_point(resume_from_checkpoint, Path(str(self.args.output_dir)))
+        if checkpoint and (said := check_same_run(run_of(checkpoint), self._describe(), str(checkpoint))):
+            logger.warning(said)
+        if checkpoint and self._set_aside:  # by an evaluation before this
+            put_back(self._set_aside, Path(str(self.args.output_dir)))
         try:
             return super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         except EngineLostError:
@@ -372,6 +402,9 @@ class GRPOTrainer(Trainer):
         finally:
             self.sampler.engine.abort()
 
+    def _describe(self) -> dict[str, Any]:
+        return describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the steps since the last log measured; reward comes first."""
         self._claim_run_folder()
@@ -381,7 +414,7 @@ class GRPOTrainer(Trainer):
             seconds = sum(value for name, value in measured.items() if name.startswith("time/"))
             measured["tokens_per_second"] = measured.get("tokens/sampled", 0.0) / seconds
             measured["num_tokens"] = self.state.num_input_tokens_seen
-            logs = dict(sorted((measured | logs).items(), key=lambda item: item[0] != "reward"))
+            logs = dict(sorted((logs | measured).items(), key=lambda item: item[0] != "reward"))
             self._last_logged_step = self.state.global_step
             if warning := mismatch_warning(measured):
                 logger.warning_once(warning)
@@ -391,7 +424,7 @@ class GRPOTrainer(Trainer):
         """Before the first write: a new run does not mix its records with those of an earlier one in the same folder."""
         if not self._run_folder_is_ours and self.state.global_step == 0:
             if self.peers.rank == 0:
-                set_aside_earlier_run(Path(str(self.args.output_dir)))
+                self._set_aside = set_aside_earlier_run(Path(str(self.args.output_dir)))
             self.accelerator.wait_for_everyone()
         self._run_folder_is_ours = True
 
@@ -403,17 +436,22 @@ class GRPOTrainer(Trainer):
         return 6 * tokens * causal_lm(self.model).num_parameters(exclude_embeddings=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's, with the rollout that is being trained on when the checkpoint falls inside one, and a reference that
-        moves."""
-        super()._save_checkpoint(model, trial)
+        """Trainer's, with the rollouts and metrics in progress, a reference that moves, and a manifest; older checkpoints go
+        when this one is whole."""
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if self.peers.rank == 0:
+            begin(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
         if self.args.sync_ref_model and self.ref_model is not None and self.peers.rank == 0:
             torch.save(self.ref_model.state_dict(), folder / "reference.pt")
-        if self.peers.rank > 0:
-            save_last(self.stream.state_dict(), folder, self.peers.rank)
+        state = {"stream": self.stream.state_dict(), "metrics": self.metrics.state_dict(), "logged": self._last_logged_step}
+        save_part(state, folder, self.peers.rank)
         self.accelerator.wait_for_everyone()
         if self.peers.rank == 0:
-            save_last(self.stream.state_dict(), folder, self.peers.rank)
+            finish(folder, self._describe())
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's, with the rollout, a reference that moves, and the random state."""
@@ -421,8 +459,11 @@ class GRPOTrainer(Trainer):
         if checkpoint is None:
             return
         device = self.args.device
-        self.stream.load_state_dict(load_last(Path(checkpoint), self.peers.rank, device))
+        state = load_part(Path(checkpoint), self.peers.rank, device)
+        self.stream.load_state_dict(state["stream"])
         if self.args.sync_ref_model and self.ref_model is not None:
             self.ref_model.load_state_dict(torch.load(Path(checkpoint, "reference.pt"), map_location=device))
         self._load_rng_state(checkpoint)
-        self._last_logged_step = self.state.global_step
+        self._last_logged_step = state["logged"]
+        self.metrics.reset()  # loading is no part of the first step
+        self.metrics.load_state_dict(state["metrics"])

@@ -45,12 +45,13 @@ CASES = {
 }
 
 
-def test_one_process_or_two(tmp_path: Path) -> None:
-    """Two processes of 8 completions against one of 16."""
+@pytest.mark.parametrize("config", ["cpu_2proc", "cpu_fsdp2_2proc"])
+def test_one_process_or_two(tmp_path: Path, config: str) -> None:
+    """Two processes of 8 completions against one of 16: each with the whole model (DDP), or with a part of it (FSDP2)."""
     halves = [{"per_device_train_batch_size": COMPLETIONS // 2} | case for case in CASES.values()]
     (tmp_path / "settings.json").write_text(json.dumps(halves))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
-    launch += ["--config_file", "accelerate_configs/cpu_2proc.yaml", "-m", "tests.invariants.one_step", str(tmp_path)]
+    launch += ["--config_file", f"accelerate_configs/{config}.yaml", "-m", "tests.invariants.one_step", str(tmp_path)]
     done = subprocess.run(
         launch, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )

@@ -1,0 +1,125 @@
+"""Counts of how the calls of a rollout ended, and the error that a run of mostly faulty calls stops with."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from grpo_hf.rewards.judging import Verdict
+from grpo_hf.rewards.outcomes import FAULTS
+from grpo_hf.rewards.settings import RewardSettings
+
+SHOWN = 3
+"""Calls that are shown for each verifier and outcome."""
+
+
+class RewardFaultError(RuntimeError):
+    """Verifiers fail so often that the rewards would teach nothing, or in a way that the run is to stop at."""
+
+
+@dataclass(frozen=True)
+class Offender:
+    """A call that ended badly."""
+
+    row: int | None
+    """Of the dataset."""
+    completion: str
+    """Its start."""
+    verdict: Verdict
+
+
+@dataclass
+class Calls:
+    """One verifier's calls."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    """How many ended how."""
+    seconds: float = 0.0
+    """All calls together."""
+    slowest: float = 0.0
+    """Seconds of the longest."""
+    offenders: dict[str, list[Offender]] = field(default_factory=dict)
+    """The longest of those that were no success, by outcome."""
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return self.outcomes.total()
+
+    @property
+    def faults(self) -> int:
+        """Those that say nothing about their completion."""
+        return sum(self.outcomes[outcome] for outcome in FAULTS)
+
+    def add(self, verdict: Verdict, row: int | None, completion: str) -> None:
+        """Count one."""
+        self.outcomes[verdict.outcome] += 1
+        self.seconds += verdict.seconds
+        self.slowest = max(self.slowest, verdict.seconds)
+        if verdict.outcome != "scored":
+            self._keep(verdict.outcome, [Offender(row, completion[:200], verdict)])
+
+    def merge(self, other: Calls) -> None:
+        """Add another's, of another process or batch."""
+        self.outcomes += other.outcomes
+        self.seconds += other.seconds
+        self.slowest = max(self.slowest, other.slowest)
+        for outcome, offenders in other.offenders.items():
+            self._keep(outcome, offenders)
+
+    def _keep(self, outcome: str, offenders: list[Offender]) -> None:
+        kept = self.offenders.get(outcome, []) + offenders
+        self.offenders[outcome] = sorted(kept, key=lambda offender: -offender.verdict.seconds)[:SHOWN]
+
+
+Tally = dict[str, Calls]
+"""The calls of a rollout by verifier."""
+
+
+def merged(tallies: Iterable[Tally]) -> Tally:
+    """All of them in one."""
+    total: Tally = {}
+    for tally in tallies:
+        for name, calls in tally.items():
+            total.setdefault(name, Calls()).merge(calls)
+    return total
+
+
+def stop_if_faulty(tally: Tally, settings: RewardSettings) -> None:
+    """End the run where faults pass their share or an outcome's policy is "stop".
+
+    Raises:
+        RewardFaultError: with the counts, the worst calls and what to do.
+    """
+    for name, calls in tally.items():
+        stops = [outcome for outcome in calls.outcomes if settings.policy_of(outcome) == "stop"]
+        if stops or calls.faults > settings.max_fault_share * calls.count:
+            counts = ", ".join(f"{count} {outcome}" for outcome, count in calls.outcomes.most_common())
+            why = (
+                f"reward_policy stops the run at {' and '.join(stops)}"
+                if stops
+                else f"{calls.faults / calls.count:.0%} of them say nothing about their completion, more than "
+                f"reward_max_fault_share={settings.max_fault_share:g} allows"
+            )
+            outcomes = stops or [outcome for outcome in FAULTS if outcome in calls.outcomes]
+            shown = _shown(offender for outcome in outcomes for offender in calls.offenders[outcome])
+            raise RewardFaultError(
+                f"the verifier {name!r} was called {calls.count} times ({counts}): {why}. The worst:\n{shown}\n"
+                "Mend the verifier or the rows (`grpo-hf verify` shows them without training), or change reward_timeout, "
+                "reward_memory_gb, reward_policy or reward_max_fault_share"
+            )
+
+
+def _shown(offenders: Iterable[Offender]) -> str:
+    """The calls with what they died of; the same message is not said twice."""
+    parts, said = [], set()
+    for offender in offenders:
+        verdict = offender.verdict
+        row = "" if offender.row is None else f" on row {offender.row}"
+        message = "(the same)" if verdict.message in said else verdict.message
+        said.add(verdict.message)
+        head = f"- {verdict.outcome} after {verdict.seconds:.3g} s{row}, completion {offender.completion!r}"
+        parts.append(f"{head}\n{textwrap.indent(message, '    ')}")
+    return "\n".join(parts)

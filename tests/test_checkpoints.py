@@ -1,0 +1,160 @@
+"""Whole and damaged checkpoints, and whether a run that resumes is the one that was saved."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_hf.training.checkpoints import MANIFEST, damage, newest_checkpoint, resume_point, run_of
+from grpo_hf.training.same_run import FREE, SAID, check_same_run
+from tests.runs import StopAfter, logs, timeless
+from tests.tiny import tiny_trainer
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with checkpoints of steps 1 to 4."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny_trainer(folder, max_steps=4, save_strategy="steps", save_steps=1).train()
+    return folder
+
+
+def damaged(saved: Path, folder: Path, harm: Any) -> Path:
+    """A copy whose newest checkpoint has come to harm."""
+    subprocess.run(["cp", "-r", str(saved), str(folder)], check=True)
+    harm(folder / "checkpoint-4")
+    return folder
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+HARMS = {
+    "never finished": (lambda checkpoint: (checkpoint / MANIFEST).unlink(), "never finished"),
+    "a bit": (flip_a_bit, "model.safetensors has"),
+    "cut off": (lambda checkpoint: (checkpoint / "optimizer.pt").write_bytes(b"half"), "optimizer.pt has 4 bytes"),
+    "missing": (lambda checkpoint: (checkpoint / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+}
+
+
+@pytest.mark.parametrize(("harm", "problem"), HARMS.values(), ids=HARMS)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    saved: Path, tmp_path: Path, harm: Any, problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = damaged(saved, tmp_path / "run", harm)
+    assert damage(folder / "checkpoint-3") is None
+    for wanted in (True, "auto"):
+        assert resume_point(wanted, folder) == folder / "checkpoint-3"
+    assert "checkpoint-4 is not used: " in caplog.text and problem in caplog.text
+    with pytest.raises(ValueError, match=f"not a whole checkpoint.*{problem}.*newest whole one beside it is .*checkpoint-3"):
+        resume_point(str(folder / "checkpoint-4"), folder)
+
+
+def test_no_whole_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    assert newest_checkpoint(tmp_path) is None
+    assert resume_point("auto", tmp_path) is None
+    with pytest.raises(ValueError, match="no whole checkpoint; 'auto' starts anew"):
+        resume_point(True, tmp_path)
+
+
+def test_the_old_checkpoint_goes_only_when_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for one, there is a whole one at every moment."""
+    from grpo_hf.training import trainer as module
+
+    whole: list[list[str]] = []
+    finish = module.finish
+
+    def observed(checkpoint: Path, run: dict) -> None:
+        whole.append(sorted(path.name for path in tmp_path.glob("checkpoint-*") if damage(path) is None))
+        finish(checkpoint, run)
+
+    monkeypatch.setattr(module, "finish", observed)
+    tiny_trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1).train()
+    assert whole == [[], ["checkpoint-1"], ["checkpoint-2"]]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "group size": {"num_generations": 2},
+    "seed": {"seed": 7},
+    "loss": {"loss_type": "grpo"},
+    "data": {"dataset": [{"prompt": f"w{number}"} for number in range(6)]},
+    "verifier": {"reward": lambda completion: 0.5},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_another_run_is_refused_before_it_starts(saved: Path, change: dict[str, Any]) -> None:
+    trainer = tiny_trainer(saved, max_steps=4, **change)
+    with pytest.raises(ValueError, match=r"is of another run: .* -> .*Set these as they were"):
+        trainer.train(resume_from_checkpoint=str(saved / "checkpoint-2"))
+    assert trainer.state.global_step == 0
+
+
+def test_what_is_changed_on_purpose_is_said(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = tiny_trainer(tmp_path, max_steps=5, tokens_per_microbatch=64, logging_steps=2, learning_rate=5e-4)
+    trainer.train(resume_from_checkpoint=str(saved / "checkpoint-4"))
+    assert "changed settings: learning_rate 0.001 -> 0.0005; max_steps 4 -> 5" in caplog.text
+    assert trainer.state.global_step == 5
+
+
+def test_every_other_setting_is_compared(saved: Path) -> None:
+    run = run_of(saved / "checkpoint-4")
+    assert not set(run) & set(FREE)
+    assert check_same_run(run, dict(run), "it") is None
+    for name in run:
+        if name in SAID:
+            assert name in str(check_same_run(run, run | {name: "other"}, "it"))
+        else:
+            with pytest.raises(ValueError, match=f"another run: {name} "):
+                check_same_run(run, run | {name: "other"}, "it")
+
+
+def test_lines_that_a_killed_run_left_behind_its_checkpoint_are_dropped(saved: Path, tmp_path: Path) -> None:
+    """Also a half-written one; and a resume inside a logging interval goes on collecting where the checkpoint was."""
+    expected = tiny_trainer(tmp_path / "whole", max_steps=6, logging_steps=3, learning_rate=0.01)
+    expected.train()
+    options = {"max_steps": 6, "logging_steps": 3, "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 4}
+    tiny_trainer(tmp_path / "run", **options, callbacks=[StopAfter(5)]).train()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "reward": 9}\n{"step": 6, "rew')
+    trainer = tiny_trainer(tmp_path / "run", **options)
+    trainer.train(resume_from_checkpoint="auto")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 6]  # the last is Trainer's summary
+    for line, wanted in zip(logs(trainer), logs(expected), strict=True):
+        assert timeless(line) == timeless(wanted)
+
+
+def test_an_evaluation_before_a_resume_leaves_the_earlier_metrics_where_they_were(tmp_path: Path) -> None:
+    tiny_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    trainer = tiny_trainer(tmp_path, max_steps=3)
+    trainer.evaluate([{"prompt": "w1 w2"}])
+    trainer.train(resume_from_checkpoint="auto")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert not list(tmp_path.glob("earlier-*"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"beta": 0.1}, {"lora": True}],
+    ids=["all weights, KL, two updates, two passes", "LoRA"],
+)
+def test_killed_at_random_moments_it_is_the_same_run(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """SIGKILL while sampling, scoring, training and saving; metrics, samples and weights to the last bit (invariant 6)."""
+    command = [sys.executable, "-m", "tests.killed_run", str(tmp_path), "--kills", "5", "--settings"]
+    command.append(json.dumps({"max_steps": 16} | settings))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
