@@ -1,4 +1,4 @@
-"""`grpo-hf train | serve | toy | report`: one module a subcommand, imported when it is asked for."""
+"""`grpo-hf train | serve | verify | toy | report`: one module a subcommand, imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("grpo_hf.cli.train", "train a model as a recipe says"),
     "serve": ("grpo_hf.cli.serve", "start a vLLM server that a trainer can give weights to"),
+    "verify": ("grpo_hf.cli.verify", "score completions with any reward, or check a dataset's gold answers"),
     "toy": ("grpo_hf.toy.cli", "the CS336 lecture's sorting experiments, and what solves them"),
     "report": ("grpo_hf.cli.report", "write the report page of a run folder again"),
 }

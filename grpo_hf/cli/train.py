@@ -14,6 +14,7 @@ from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 
+from grpo_hf.cli.data import FORMATS
 from grpo_hf.cli.recipe import RunArguments, help_text, parse
 from grpo_hf.report import write_report
 from grpo_hf.rewards import check_columns
@@ -23,8 +24,6 @@ from grpo_hf.training.checkpoints import resume_point
 from grpo_hf.training.checks import checked_rewards
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.trainer import GRPOTrainer
-
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
