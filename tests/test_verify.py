@@ -100,7 +100,7 @@ def test_bad_commands(tmp_path: Path) -> None:
         verify(file_of(tmp_path, ROWS), "--reward", "gsm8k", "--completion-column", "text")
     with pytest.raises(ValueError, match=r"there is no file .*none.jsonl"):
         verify(str(tmp_path / "none.jsonl"), "--reward", "gsm8k")
-    with pytest.raises(ValueError, match="unknown reward 'gsm8'.*nearest: gsm8k"):
+    with pytest.raises(ValueError, match=r"unknown reward 'gsm8'.*nearest: gsm8k"):
         verify(file_of(tmp_path, ROWS), "--reward", "gsm8")
     with pytest.raises(SystemExit):
         verify(file_of(tmp_path, ROWS))
