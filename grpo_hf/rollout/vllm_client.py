@@ -128,7 +128,7 @@ class VLLMClient:
         transfer, lora = settings["weight_transfer_config"] or {}, settings["lora_config"] or {}
         return ServerInfo(
             version=self.get("/version")["version"],
-            model=self.get("/v1/models")["data"][0]["id"],
+            model=self.models()[0],
             dtype=settings["model_config"]["dtype"].removeprefix("torch."),
             max_model_len=settings["model_config"]["max_model_len"],
             logprobs_mode=settings["model_config"]["logprobs_mode"],
@@ -137,6 +137,10 @@ class VLLMClient:
             world_size=world_size,
             extended="grpo_hf" in str(settings["parallel_config"]["worker_extension_cls"]),
         )
+
+    def models(self) -> list[str]:
+        """Names that requests can give: the model's, then those of its adapters."""
+        return [entry["id"] for entry in self.get("/v1/models")["data"]]
 
     def weight_version(self) -> str:
         """The name that the last weight sync left; "default" on a server that has just started."""

@@ -6,6 +6,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class VLLMServerEngine:
         self.info = self.client.info()
         check_server(self.info, base_url, self.weights, sampling, max_prompt_length)
         self.transfer = make_transfer(self.client, self.info, folder=weights_folder, port=group_port)
-        self.run = uuid.uuid4().hex
+        self.run, self.syncs = self.peers.gather(uuid.uuid4().hex)[0], 0
         self.adapter: str | None = None
         self.threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="vllm")
 
@@ -98,6 +99,7 @@ class VLLMServerEngine:
             self._wait_until_up()
 
     def _try_sync(self) -> str | None:
+        self.syncs += self.weights.held != self.weights.current()
         try:
             self.weights.run(self._load, self._load_adapter)
         except (OSError, ValueError) as error:  # the other processes must hear of it
@@ -113,15 +115,14 @@ class VLLMServerEngine:
                 pass
 
     def _load_adapter(self, weights: dict[str, Tensor]) -> None:
-        before, self.adapter = self.adapter, f"{self.run}-{self.weights.version()}-{uuid.uuid4().hex[:8]}"
-        self.adapter = self.peers.gather(self.adapter)[0]
+        before, self.adapter = self.adapter, f"{self.run}-{self.syncs}"
         if self.peers.rank > 0:
             return
         size = sum(tensor.nbytes for tensor in weights.values())
         with tempfile.TemporaryDirectory(prefix="grpo_hf_", dir=self.folder or roomy_folder(size)) as folder:
             save_adapter(self.weights.model, weights, Path(folder))
             self.client.post("/v1/load_lora_adapter", {"lora_name": self.adapter, "lora_path": folder})
-        if before is not None and self.client.weight_version() == self._name():
+        if before in self.client.models():
             self.client.post("/v1/unload_lora_adapter", {"lora_name": before})
         self._name_weights()
 
@@ -130,8 +131,7 @@ class VLLMServerEngine:
         self.client.post("/update_weight_version", {"new_version": self._name()})
 
     def _name(self) -> str:
-        update, writes = self.weights.current()
-        return f"{self.run}/{update}/{writes}"
+        return f"{self.run}/{self.syncs}"
 
     # ---- Samples
 
@@ -152,7 +152,7 @@ class VLLMServerEngine:
     def _collect(
         self, asked: dict[Future, int], ask: _Ask, prompts: list[list[int]], seeds: list[int]
     ) -> Iterator[tuple[int, list[Completion]]]:
-        while True:
+        for failures in count(1):
             lost = []
             for future in self._as_completed(set(asked)):
                 completions = future.result()
@@ -161,8 +161,14 @@ class VLLMServerEngine:
                 else:
                     yield asked[future], completions
             # The others must know: the server gets its weights from all processes together.
-            if not any(self.peers.gather(len(lost))):
+            everyone = self.peers.gather((len(lost), len(asked)))
+            if not any(of_one for of_one, _ in everyone):
                 return
+            if failures >= TRIES and all(of_one == out_of for of_one, out_of in everyone):
+                raise EngineLostError(
+                    f"the vLLM server at {self.client.base_url} loses this trainer's weights again and again; is another "
+                    "trainer using it? Each needs a server of its own"
+                )
             logger.warning(f"the vLLM server at {self.client.base_url} was lost; {len(lost)} groups are sampled again")
             self._wait_until_up()
             self.weights.forget()
