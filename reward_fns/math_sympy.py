@@ -25,7 +25,9 @@ _CONFIG = ConversionConfig(lowercase_symbols=False)  # R - r is not 0
 _UNDONE = re.compile(r"\\(?:sum|prod|i*int|oint|lim|gcd|lcm|det|max|min|partial)(?![A-Za-z])")
 _IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
 _DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)")
-_SLOW = re.compile(r"\\binom.*(?:\d{5}|[\^!])|(?:[\^_]\s*(?:\\?[A-Za-z0-9]+|\{[^{}]*\})\s*){4}|(?:\|[^|]*){17}", re.DOTALL)
+_SLOW = re.compile(
+    r"\\binom.*(?:\d{5}|[\^!])|(?:[\^_]\s*(?:\\?[A-Za-z0-9]+|\{[^{}]*\})\s*){4}|(?:\|[^|]*){17}|\dE[-+]?\d{4}", re.DOTALL
+)
 
 _RELATIONS = (sympy.core.relational.Relational, sympy.And)
 
@@ -78,7 +80,7 @@ def parse(latex: str, real: bool) -> sympy.Basic:
     """
     latex = _IMAGINARY.sub("(I)", _DECIMAL.sub(_as_fraction, latex))
     if _SLOW.search(latex):
-        raise UnreadableError("a big binomial coefficient, or a long chain of powers, indices or bars")
+        raise UnreadableError("a big binomial coefficient or exponent, or a long chain of powers, indices or bars")
     try:
         expression = _convert(latex, real)
     except Exception as error:

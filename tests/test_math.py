@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from math_verify import grader
 
 from grpo_hf.rewards import get_reward
 from grpo_hf.rewards.outcomes import BadGoldError, NoAnswer
@@ -112,6 +113,7 @@ def test_lenient_and_strict(gold, completion, lenient, strict):
         (r"#### 3" + "\n" + r"\boxed{18}", True),
         (r"\boxed{3}" + "\n#### 18\nQ: What now?", True),
         (r"#### Step 2: add 18" + "\n" + r"\boxed{3}", False),
+        (r"\boxed{18}" + "\n#### Checking\nAll is well.", True),
         (r"\boxed{3}. The final answer is 18.", True),
         (r"\boxed{18}. This is the final answer.", True),
         (r"<answer>3</answer> <answer>\boxed{18}</answer>", True),
@@ -131,7 +133,7 @@ def test_the_last_mark_counts(completion, found):
     [
         ("", "lenient"),
         ("I do not know.", "lenient"),
-        (r"\boxed{18", "lenient"),
+        (r"I get 18, so \boxed{18", "lenient"),
         (r"\boxed{}", "lenient"),
         ("The answer is 18.", "strict"),
         (r"\boxed{\frac{1}{0}}", "lenient"),
@@ -193,6 +195,7 @@ ABSURD = {
     "plain tower": "The answer is 9^9^9^9^9^9.",
     "power": r"\boxed{10^{99999999}}",
     "scientific": r"\boxed{1e999999999}",
+    "scientific in a sum": r"\boxed{x + 1E99999999}",
     "factorials": r"\boxed{(((9!)!)!)!}",
     "binomial": r"\boxed{\binom{1000000}{500000}}",
     "gcd": r"\boxed{\gcd(9^{9^{9}}, 3)}",
@@ -223,13 +226,15 @@ def test_only_the_end_of_a_completion_is_searched():
     assert isinstance(math(r"\boxed{18}" + "\nword" * 1_000_000, "18"), NoAnswer)
 
 
-@pytest.mark.parametrize("name", ["verify", "latex2sympy"])
-def test_a_library_that_fails_is_no_wrong_answer(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "name"), [(math_sympy, "verify"), (math_sympy, "latex2sympy"), (grader, "sympy_expr_eq")]
+)
+def test_a_library_that_fails_is_no_wrong_answer(module, name, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyError("broken")
 
     gold = parse_gold(r"\sqrt{7}")
-    monkeypatch.setattr(math_sympy, name, fail)
+    monkeypatch.setattr(module, name, fail)
     math_sympy.parse.cache_clear()
     with pytest.raises(KeyError, match="broken"):
         math.judge(r"\boxed{7^{\frac{1}{2}}}", answer=gold)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_hf.rewards.outcomes import NoAnswer
 from reward_fns.exact_match import exact_match
 from reward_fns.format import format
 from reward_fns.gsm8k import completion_number, gold_number, gsm8k, last_boxed, parse_number
@@ -89,6 +90,11 @@ def test_format_matches_the_whole_completion():
 )
 def test_gsm8k(completion, answer, expected):
     assert gsm8k(completion, answer) == expected
+
+
+def test_gsm8k_without_a_number_is_no_answer():
+    assert isinstance(gsm8k("It is 18.", "18"), NoAnswer) and isinstance(gsm8k("#### none", "18"), NoAnswer)
+    assert not isinstance(gsm8k("#### 17", "18"), NoAnswer)
 
 
 @pytest.mark.parametrize("answer", ["It is 18", "no number", "", "#### none", "#### 2 + 3", "1e5", None, float("nan")])
