@@ -117,6 +117,15 @@ def test_the_recipe_that_make_demo_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert first["sampling/staleness"] == 0
 
 
+def test_killed_at_random_moments_it_is_the_same_run(tmp_path: Path) -> None:
+    """Invariant 6 with vLLM."""
+    settings = json.dumps({"use_vllm": True, "max_steps": 8})
+    command = [sys.executable, "-m", "tests.killed_run", str(tmp_path), "--kills", "2", "--settings", settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=Path(__file__).parents[1])
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
 def check_two_processes(folder: Path, **settings: Any) -> None:
     """The same samples as those of one and, up to the order of sums, the same gradient."""
     launch = ["accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2proc.yaml", "--main_process_port", "0"]
