@@ -233,7 +233,24 @@ ERRORS = {
     ),
     "cispo without a bound": ({"loss_type": "cispo"}, "epsilon_high=None: for loss_type='cispo' .* say 5.0"),
     "cispo with a distance": ({"loss_type": "cispo", "epsilon_high": 0.28}, "epsilon_high=0.28: .* at least 1"),
+    "no rounds": ({"dynamic_sampling_max_rounds": 0}, "dynamic_sampling_max_rounds=0, but"),
+    "skip at once": ({"skip_solved_after": 0}, "skip_solved_after=0, but skip_solved_after >= 1 is needed"),
+    "never skipped": ({"revisit_after": 0}, "revisit_after=0, but revisit_after >= 1 is needed"),
+    "curriculum": ({"curriculum": "skip_solve"}, "curriculum='skip_solve' is not one of .*nearest: skip_solved"),
+    "curriculum without a name": ({"curriculum": lambda history: True}, "give a function at the top of a file"),
     # what cannot go together
+    "dynamic sampling without groups": (
+        {"dynamic_sampling": True, "num_generations": 1, "advantage": "raw"},
+        "dynamic_sampling=True .* num_generations=1 has none",
+    ),
+    "dynamic sampling ahead": (
+        {"dynamic_sampling": True, "rollout_ahead": 1, "use_vllm": True, "vllm_mode": "server"},
+        "rollout_ahead=1 asks for the next rollout before this one's rewards are known",
+    ),
+    "curriculum ahead": (
+        {"curriculum": "skip_solved", "rollout_ahead": 1, "use_vllm": True, "vllm_mode": "server"},
+        "set rollout_ahead=0",
+    ),
     "auto_find_batch_size": ({"auto_find_batch_size": True}, "would break up groups; lower tokens_per_microbatch"),
     "sync_ref_model without beta": ({"sync_ref_model": True}, "needs a reference model, so beta > 0; beta is 0"),
     # batches

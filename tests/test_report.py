@@ -233,7 +233,7 @@ def test_outcomes_are_shown_beside_scores_and_as_curves(run_dir):
     assert set(panels["Verifier calls without a score (share)"].curves) == {"math: timeout", "held-out math: error"}
     assert not any("seconds" in title or "outcomes" in title for title in panels)
     more = {"outcomes/sorting": "timeout", "outcomes/format": "scored", "extra/parsed": "<3>"}
-    write_rollouts(run_dir, [row(0.0, "slow", **more)])
+    write_rollouts(run_dir, [row(0.0, "slow", **more)], [row(0.5, "quick", **{"extra/parsed": 3})])
     page = write_report(run_dir).read_text()
     assert "<span>sorting <b>0.000, timeout</b></span>" in page
     assert "<span>parsed <b>&lt;3&gt;</b></span>" in page

@@ -184,6 +184,7 @@ TORTURE: dict[str, tuple[Callable[[], Any], str]] = {
 
 def test_the_torture_set_beside_a_thousand_good_samples() -> None:
     deeds = {name: deed for name, (deed, _) in TORTURE.items()}
+    workers_of_other_tests = descendants()
 
     def verifier(completion: str) -> Any:
         return deeds[completion]() if completion in deeds else float(completion)
@@ -206,21 +207,17 @@ def test_the_torture_set_beside_a_thousand_good_samples() -> None:
     assert ended["exits with 3"].message == "its process ended, with exit code 3"
     assert "RecursionError" in ended["recursion"].message
     assert "'verifier' returned '1.0' (str) for a sample; expected a number" in ended["returns text"].message
-    assert not left_behind()
-
-
-def left_behind(seconds: float = 20.0) -> list[psutil.Process]:
-    """Processes that this one's fork server still has, given time to end."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and (left := _descendants()):
+    end = time.monotonic() + 20
+    while (left := descendants() - workers_of_other_tests) and time.monotonic() < end:
         time.sleep(0.05)
-    return left
+    assert not left
 
 
-def _descendants() -> list[psutil.Process]:
-    servers = [child for child in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
-    assert len(servers) == 1
-    return [child for child in servers[0].children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+def descendants() -> set[psutil.Process]:
+    """What this process's fork servers have forked, and what came of that."""
+    children = [child for child in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+    found = {process for server in children for process in server.children(recursive=True)}
+    return {process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE}
 
 
 # ---- What can be sent

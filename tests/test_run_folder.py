@@ -26,11 +26,14 @@ TRL_NAMES = SAMPLE_NAMES | {
 }
 OUR_NAMES = {
     "frac_zero_signal_groups",
+    "guards/entropy_collapse",
+    "guards/not_finite",
     "rewards/even_words/seconds/mean",
     "rewards/even_words/seconds/max",
     "tokens/sampled",
     "tokens/forwarded",
     "tokens/padded_equivalent",
+    "tokens/max_over_mean",
     "tokens_per_second",
     "time/sync",
     "time/generate",
@@ -57,7 +60,7 @@ def test_the_names_of_the_metrics(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "more", "fewer"),
     [
-        ({"beta": 0.1}, {"kl"}, set()),
+        ({"beta": 0.1}, {"kl", "guards/kl"}, set()),
         ({"loss_type": "cispo", "epsilon_high": 5.0}, {"cispo_clip_ratio"}, {n for n in TRL_NAMES if "clip_ratio/" in n}),
         ({"loss_type": "reinforce"}, set(), {n for n in TRL_NAMES if "clip_ratio/" in n}),
     ],
@@ -158,6 +161,28 @@ def test_rollouts_are_saved_as_parquet(tmp_path: Path) -> None:
     ]
     assert [{name: row[name] for name in expected[0]} for row in last] == expected
     assert all(row["reward"] == row["rewards/even_words"] + row["rewards/len_of_text"] for row in first)
+
+
+def test_what_verifiers_log_beside_completions_is_saved_and_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def one(completion: str, log_extra: Callable) -> float:
+        log_extra("first", completion.split()[:1])
+        log_extra("mixed", 1 if completion.startswith("w1") else "text")
+        return even_words(completion)
+
+    def batch(completions: list[str], log_extra: Callable, **kwargs: Any) -> list[float]:
+        log_extra("length", [len(text) for text in completions])
+        return [0.0] * len(completions)
+
+    trainer = tiny_trainer(tmp_path, save_rollouts=True, log_completions=True, reward=[one, batch])
+    trainer.train()
+    (file,) = (tmp_path / "rollouts").iterdir()
+    rows = pq.read_table(file).to_pylist()
+    assert [row["extra/length"] for row in rows] == [len(row["completion"]) for row in rows]
+    assert [row["extra/first"] for row in rows] == [row["completion"].split()[:1] for row in rows]
+    assert {row["extra/mixed"] for row in rows} <= {"1", "text"}, "as text, since it is not of one kind"
+    assert f"length: {rows[0]['extra/length']}\n" in capsys.readouterr().out
 
 
 def len_of_text(completion: str) -> float:

@@ -53,7 +53,7 @@ def test_lora_learns_and_leaves_the_base_alone(tmp_path: Path) -> None:
     """To the last bit; and its checkpoint is an adapter that PEFT loads."""
     base = tiny_model("llama")
     base.save_pretrained(tmp_path / "base")
-    settings = {"max_steps": 30, "per_device_train_batch_size": 16, "learning_rate": 2e-2, "max_grad_norm": 1.0}
+    settings = {"max_steps": 40, "per_device_train_batch_size": 16, "learning_rate": 2e-2, "max_grad_norm": 1.0}
     trainer = tiny_trainer(
         tmp_path, model=str(tmp_path / "base"), reward=share_of_w7, peft_config=lora(), save_strategy="steps", **settings
     )
@@ -62,7 +62,7 @@ def test_lora_learns_and_leaves_the_base_alone(tmp_path: Path) -> None:
     after = {name.replace(".base_layer", ""): value for name, value in weights(trainer.model.get_base_model()).items()}
     assert all(torch.equal(after[name], value) for name, value in base.state_dict().items())
 
-    checkpoint = tmp_path / "checkpoint-30"
+    checkpoint = tmp_path / "checkpoint-40"
     assert not list(checkpoint.glob("model*")), "only the adapter is saved"
     expected = trainer.model.eval()(IDS).logits
     loaded = [
@@ -255,7 +255,7 @@ def test_kl_to_the_reference_starts_at_0_and_grows(tmp_path: Path, peft_config: 
 
 def test_beta_holds_the_policy_back(tmp_path: Path) -> None:
     def last_kl(beta: float) -> float:
-        trainer = tiny_trainer(tmp_path, beta=beta, max_steps=10, learning_rate=3e-3, reward=share_of_w7)
+        trainer = tiny_trainer(tmp_path, beta=beta, max_steps=30, learning_rate=3e-3, reward=share_of_w7)
         trainer.train()
         return values(trainer, "kl")[-1]
 

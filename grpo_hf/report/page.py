@@ -110,9 +110,8 @@ def _read_rows(held: dict[Path, set[int]], wanted: set[int]) -> list[Row]:
     """Rows of the wanted rollouts that have a reward, the latest first; a completion that its prompt was given several
     times is one row, with how often it came in "times"."""
     tables = [pq.read_table(file, filters=[("rollout", "in", wanted)]) for file, ids in held.items() if ids & wanted]
-    if not tables:
-        return []
-    rows = pa.concat_tables(tables, promote_options="default").sort_by([("rollout", "descending")]).to_pylist()
+    # Row by row: what verifiers have logged beside completions may be of another type in each file.
+    rows = sorted((row for table in tables for row in table.to_pylist()), key=lambda row: -row["rollout"])
     scored = [row for row in reversed(rows) if _finite(row["reward"])]
     times = Counter((row["prompt"], row["completion"]) for row in scored)
     once = {(row["prompt"], row["completion"]): row for row in scored}

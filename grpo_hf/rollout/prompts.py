@@ -115,12 +115,16 @@ class PromptOrder:
     def prompts(self, rollout: int) -> list[int]:
         """Row numbers of one rollout."""
         epoch, place = divmod(rollout, self.rollouts_per_epoch)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, "epoch", epoch))
-            order = torch.randperm(self.num_prompts, generator=generator).tolist()
-        else:
-            order = list(range(self.num_prompts))
+        order = self._permutation("epoch", epoch) if self.shuffle else list(range(self.num_prompts))
         return order[place * self.prompts_per_rollout :][: self.prompts_per_rollout]
+
+    def refills(self, rollout: int) -> list[int]:
+        """All row numbers in an order of this rollout's own: what it samples beside its prompts, or instead of some."""
+        return self._permutation("refill", rollout)
+
+    def _permutation(self, what: str, number: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, what, number))
+        return torch.randperm(self.num_prompts, generator=generator).tolist()
 
 
 def derived_seed(*parts: int | str) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import ProgressCallback, TrainerCallback
 from grpo_hf.metrics import Metrics
 from grpo_hf.report import write_report
 from grpo_hf.rollout.record import keep_until
-from grpo_hf.training.checks import weights_not_finite
+from grpo_hf.training.checks import norm_of_weights
 from grpo_hf.types import Group
 
 HEADLINE = ("reward", "frac_zero_signal_groups", "tokens_per_second", "entropy")
@@ -75,14 +77,15 @@ class StepClock(TrainerCallback):
 
 
 class FiniteWeights(TrainerCallback):
-    """Stops the run when an update has made weights NaN or infinite, before they are sampled from or saved."""
+    """Tells the guards when an update has made weights NaN or infinite, before they are sampled from or saved."""
 
-    @torch.no_grad()
+    def __init__(self, tell: Callable[[float], Any]):
+        self.tell = tell
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Look at the trained weights."""
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not torch.isfinite(torch.nn.utils.get_total_norm(trained)):
-            raise FloatingPointError(weights_not_finite(state.global_step, model, args))
+        if not math.isfinite(norm := norm_of_weights(model)):
+            self.tell(norm)
 
 
 class SyncReference(TrainerCallback):

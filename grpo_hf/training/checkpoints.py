@@ -21,6 +21,11 @@ logger = logging.get_logger(__name__)
 MANIFEST = "manifest.json"
 
 
+def is_finished(checkpoint: Path) -> bool:
+    """Whether it has its manifest; `damage` says whether it is whole."""
+    return (checkpoint / MANIFEST).is_file()
+
+
 def begin(checkpoint: Path) -> None:
     """A checkpoint of this name that an earlier attempt has left is whole no more."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)
@@ -51,7 +56,7 @@ def run_of(checkpoint: Path) -> dict[str, Any]:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None when it is whole."""
-    if not (checkpoint / MANIFEST).is_file():
+    if not is_finished(checkpoint):
         return f"it has no {MANIFEST}: it was never finished"
     written, found = json.loads((checkpoint / MANIFEST).read_text())["files"], _describe(checkpoint)
     for name, (size, digest) in written.items():

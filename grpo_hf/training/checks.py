@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -127,23 +128,30 @@ def check_enough_prompts(prompts: PromptSet, args: GRPOConfig) -> None:
         )
 
 
-def not_finite(what: str, value: float, step: int, model: nn.Module, output_dir: str, update: Update | None) -> str:
-    """The message that a run stops with when a loss or gradient is NaN or infinite: what else is, and what to try."""
+def not_finite(model: nn.Module, output_dir: str, update: Update | None = None) -> str:
+    """Where a loss or gradient that is not finite comes from, and what to try."""
     weights = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     gradients = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
     logprobs = [batch.old_logprobs for batch in update.microbatches] if update else []
     bad_logprobs = sum(int((~torch.isfinite(values)).sum()) for values in logprobs if values is not None)
     return (
-        f"the {what} of step {step} is {value}: not finite are {bad_logprobs} log-probs, {len(weights)} weights "
-        f"({', '.join(weights[:3])}) and {len(gradients)} gradients ({', '.join(gradients[:3])}). This step changed no "
-        f"weights, and the checkpoints in {output_dir} are good. Try a lower learning_rate, bf16=False or a smaller beta"
+        f"not finite are {bad_logprobs} log-probs, {len(weights)} weights ({', '.join(weights[:3])}) and {len(gradients)} "
+        f"gradients ({', '.join(gradients[:3])}). It has not reached the weights yet, and the checkpoints in {output_dir} "
+        "are good. Try a lower learning_rate, bf16=False or a smaller beta"
     )
 
 
 def weights_not_finite(step: int, model: nn.Module, args: GRPOConfig) -> str:
-    """The message that a run stops with when a finite gradient has made weights NaN or infinite."""
+    """The same when a finite gradient has made weights NaN or infinite."""
     weights = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     return (
         f"step {step} has made {len(weights)} weights NaN or infinite ({', '.join(weights[:3])}), from a finite gradient: "
         f"learning_rate={args.learning_rate} is too high. They are not saved; the checkpoints in {args.output_dir} are good"
     )
+
+
+@torch.no_grad()
+def norm_of_weights(model: nn.Module) -> float:
+    """Of those that are trained, all together: finite if all of them are."""
+    norm = torch.nn.utils.get_total_norm([p for p in model.parameters() if p.requires_grad])
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -19,7 +19,9 @@ from grpo_hf.algorithm.losses import LEVELS
 from grpo_hf.algorithm.objective import LOSS_TYPES, Objective, engine_correction
 from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.rewards.settings import DEFAULT_POLICY, RewardSettings
+from grpo_hf.rollout.dynamic import CURRICULA, Choice, get_curriculum, solved_skipper
 from grpo_hf.rollout.weight_sync import LORA_SYNCS
+from grpo_hf.training.guards import ACTIONS, GUARDS, Guard, chosen_guards
 from grpo_hf.training.trl_names import TRL_ONLY
 
 Class = TypeVar("Class", bound=type)
@@ -64,6 +66,7 @@ class GRPOConfig(TrainingArguments):
         "chat_template_kwargs",
         "vllm_structured_outputs_json",
         "reward_policy",
+        "guards",
     ]
 
     learning_rate: float = option(1e-6, "Initial learning rate.")
@@ -95,6 +98,16 @@ class GRPOConfig(TrainingArguments):
     repetition_penalty: float = option(1.0, "Divides the scores of tokens already present.")
     stop_strings: list[str] | None = option(None, "Any of these in its text ends a completion.")
     stop_token_ids: list[int] | None = option(None, "Tokens that end a completion, beside the model's own.")
+
+    # Choice of prompts
+    dynamic_sampling: bool = option(False, "Draw prompts until a rollout has its number of groups with unequal rewards.")
+    dynamic_sampling_max_rounds: int = option(4, "Rounds of sampling for it at most; groups without signal fill the rest.")
+    skip_solved_after: int | None = option(None, "Skip a prompt that its whole group solved on so many visits in a row.")
+    revisit_after: int = option(3, "Passes that it is skipped for, before it is looked at again.")
+    solved_reward: float = option(1.0, "A completion with at least this reward has solved its prompt.")
+    curriculum: str | None = option(
+        None, f"Which prompts to sample, by their pass rates: path.py:function, or one of {', '.join(CURRICULA)}."
+    )
 
     # vLLM
     use_vllm: bool = option(False, "Sample with vLLM instead of transformers.")
@@ -161,6 +174,13 @@ class GRPOConfig(TrainingArguments):
     balance_processes: bool = option(True, "Processes train on each other's groups, for as many tokens each; same gradient.")
     keep_zero_signal: bool = option(False, "Forward completions with advantage 0 too; same gradient, more work.")
 
+    # Guards
+    guards: dict | str | None = option(
+        None,
+        f"What follows when numbers go bad: {{name: action}} or {{name: {{action: ..., threshold: ...}}}}; actions are "
+        f"{', '.join(ACTIONS)}; guards {', '.join(f'{k} ({g.action}, {g.threshold})' for k, g in GUARDS.items())}.",
+    )
+
     # What a run leaves
     log_completions: bool = option(False, "Print some samples with their rewards at each log line.")
     num_completions_to_print: int | None = option(None, "How many; None: 4.")
@@ -180,7 +200,9 @@ class GRPOConfig(TrainingArguments):
         self._check_names()
         self._check_numbers()
         self._check_batches()
+        self._check_choice()
         self.reward_settings()
+        self.chosen_guards()
 
     # ---- Derived numbers
 
@@ -247,6 +269,25 @@ class GRPOConfig(TrainingArguments):
             max_fault_share=self.reward_max_fault_share,
         )
 
+    def chosen_guards(self) -> dict[str, Guard]:
+        """The guards of this run; raises ValueError for settings that cannot be."""
+        chosen = chosen_guards(self.guards)
+        for name in self.guards or ():
+            if (needs := chosen[name].needs) and not getattr(self, needs):
+                raise ValueError(f"guards has {name!r}, which has nothing to look at with {needs}={getattr(self, needs)}")
+        if self.deepspeed_plugin is not None and (skips := [name for name in chosen if chosen[name].action == "skip"]):
+            raise ValueError(
+                f"guards[{skips[0]!r}] cannot skip a step under DeepSpeed, which takes it in the backward pass; set 'warn' "
+                "or 'stop'"
+            )
+        return chosen
+
+    def choice(self) -> Choice:
+        """How prompts are chosen; raises ValueError for an unknown curriculum."""
+        skipper = [solved_skipper(self.skip_solved_after, self.revisit_after)] if self.skip_solved_after else []
+        other = [get_curriculum(self.curriculum)] if self.curriculum is not None else []
+        return Choice(self.dynamic_sampling, self.dynamic_sampling_max_rounds, (*skipper, *other), self.solved_reward)
+
     @property
     def compute_dtype(self) -> torch.dtype | None:
         """What autocast computes in; None: the model's own."""
@@ -302,6 +343,9 @@ class GRPOConfig(TrainingArguments):
             "temperature > 0": lambda c: c.temperature > 0,
             "eval_temperature >= 0": lambda c: c.eval_temperature is None or c.eval_temperature >= 0,
             "0 < top_p <= 1": lambda c: 0 < c.top_p <= 1,
+            "dynamic_sampling_max_rounds >= 1": lambda c: c.dynamic_sampling_max_rounds >= 1,
+            "skip_solved_after >= 1": lambda c: c.skip_solved_after is None or c.skip_solved_after >= 1,
+            "revisit_after >= 1": lambda c: c.revisit_after >= 1,
             "top_k >= 0": lambda c: c.top_k >= 0,
             "0 <= min_p <= 1": lambda c: c.min_p is None or 0 <= c.min_p <= 1,
             "repetition_penalty > 0": lambda c: c.repetition_penalty > 0,
@@ -351,6 +395,19 @@ class GRPOConfig(TrainingArguments):
                 "rollout_ahead=1 trains on samples of older weights, which the loss must be corrected for: set "
                 "vllm_importance_sampling_correction=True and leave structured outputs, which have no log-probs to do it "
                 "with, out"
+            )
+
+    def _check_choice(self) -> None:
+        choice = self.choice()
+        if self.dynamic_sampling and self.num_generations == 1:
+            raise ValueError(
+                "dynamic_sampling=True keeps groups with unequal rewards, and num_generations=1 has none; sample 2 or more "
+                "a prompt, or set dynamic_sampling=False"
+            )
+        if self.rollout_ahead and (choice.dynamic_sampling or choice.curricula):
+            raise ValueError(
+                "dynamic_sampling, skip_solved_after and curriculum choose prompts by the rewards before them, and "
+                "rollout_ahead=1 asks for the next rollout before this one's rewards are known; set rollout_ahead=0"
             )
 
     def _check_batches(self) -> None:

@@ -16,9 +16,6 @@ from grpo_hf.rollout.vllm_engine import VLLMEngine
 from grpo_hf.rollout.vllm_server import VLLMServerEngine
 from grpo_hf.training.config import GRPOConfig
 
-LARGE_DIFFERENCE = 0.1
-"""Nats, the mean over tokens: bfloat16 gives about 0.01, different weights or another attention 1 and more."""
-
 
 def make_engine(
     model: PreTrainedModel | PeftModel,
@@ -80,16 +77,4 @@ def make_sampling(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, lm: PreT
         stop_strings=tuple(args.stop_strings or ()),
         regex=args.vllm_structured_outputs_regex,
         json_schema=args.json_schema,
-    )
-
-
-def mismatch_warning(measured: dict[str, Any]) -> str | None:
-    """What to say when the engine's log-probs are so far from the trainer's that they cannot be of one model."""
-    mean = measured.get("sampling/sampling_logp_difference/mean", 0.0)
-    if mean < LARGE_DIFFERENCE or measured.get("sampling/staleness"):  # older weights differ as they must
-        return None
-    return (
-        f"vLLM's log-probs of its samples differ from the trainer's by {mean:.2g} on average: it does not compute this "
-        "model as transformers does, and the correction will drop or shrink most of the loss. Set use_vllm=False, or try "
-        "another version of vLLM"
     )

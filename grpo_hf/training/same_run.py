@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import fields
 from enum import Enum
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -33,7 +34,8 @@ FREE = (
 
 SAID = (
     "max_steps num_train_epochs learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio "
-    "weight_decay max_grad_norm reward_timeout reward_memory_gb reward_policy reward_max_fault_share bad_gold_rows"
+    "weight_decay max_grad_norm reward_timeout reward_memory_gb reward_policy reward_max_fault_share bad_gold_rows "
+    "guards"
 ).split()
 """Settings that are changed on purpose in the middle of a run: what follows is not what would have been, which is said."""
 
@@ -75,4 +77,6 @@ def _digest(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, FunctionType):
+        return f"{value.__module__}:{value.__qualname__}"
     return value.value if isinstance(value, Enum) else str(value)

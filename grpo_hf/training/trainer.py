@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,7 @@ from grpo_hf.evaluation import evaluate_prompts
 from grpo_hf.metrics import Metrics
 from grpo_hf.packing.choose import choose_layout, disable_dropout
 from grpo_hf.packing.logprobs import batch_logprobs
+from grpo_hf.packing.split import split
 from grpo_hf.rewards import RewardSpec, Scorer
 from grpo_hf.rewards.faults import merged, stop_if_faulty
 from grpo_hf.rollout.engine import EngineLostError
@@ -49,17 +53,29 @@ from grpo_hf.training.callbacks import (
     SyncReference,
     print_samples,
 )
-from grpo_hf.training.checkpoints import begin, finish, load_part, resume_point, run_of, save_part
+from grpo_hf.training.checkpoints import (
+    begin,
+    checkpoints_in,
+    finish,
+    is_finished,
+    load_part,
+    resume_point,
+    run_of,
+    save_part,
+)
 from grpo_hf.training.checks import (
     check_enough_prompts,
     check_reference,
     checked_prompts,
     checked_rewards,
+    norm_of_weights,
     not_finite,
     refuse_arguments,
+    weights_not_finite,
 )
 from grpo_hf.training.config import GRPOConfig
-from grpo_hf.training.engines import make_engine, make_sampling, mismatch_warning
+from grpo_hf.training.engines import make_engine, make_sampling
+from grpo_hf.training.guards import GuardError, Guards, Seen, is_disk_full, is_out_of_memory
 from grpo_hf.training.models import causal_lm, frozen_copy, is_sharded, load_config, load_model, load_tokenizer, run_inside
 from grpo_hf.training.same_run import check_same_run, describe_run
 from grpo_hf.types import PackedBatch
@@ -68,6 +84,9 @@ logger = logging.get_logger(__name__)
 
 SPREAD = ("sampling/sampling_logp_difference", "sampling/importance_sampling_ratio")
 """Per-token values that are logged with their smallest and largest."""
+
+Measured = tuple[PackedBatch, dict[str, Tensor]]
+"""A micro-batch and the per-token values of its loss."""
 
 
 class GRPOTrainer(Trainer):
@@ -133,7 +152,12 @@ class GRPOTrainer(Trainer):
             train_dataset=train.dataset,
             eval_dataset={name: part.dataset for name, part in evals.items()} or None,
             processing_class=tokenizer,
-            callbacks=[FiniteWeights(), MetricsFile(), *(callbacks or []), *([Report()] if args.write_report else [])],
+            callbacks=[
+                FiniteWeights(self._guard_weights),
+                MetricsFile(),
+                *(callbacks or []),
+                *([Report()] if args.write_report else []),
+            ],
             optimizers=optimizers,
         )
         if self.pop_callback(ProgressCallback) is not None:
@@ -150,6 +174,11 @@ class GRPOTrainer(Trainer):
         self.ref_model = self._make_reference() if self.objective.beta else None
         if self.args.sync_ref_model and self.ref_model is not None:
             self.add_callback(SyncReference(self.model, self.ref_model))
+        self.guards = Guards(self.args.chosen_guards())
+        self._skips_step = False
+        self._halved_budget: int | None = None
+        self._unsaved: str | None = None
+        self._failed_saves = 0
         self._last_logged_step = 0
         self._run_folder_is_ours = False
         self._set_aside: Path | None = None
@@ -209,6 +238,7 @@ class GRPOTrainer(Trainer):
             peers=self.peers,
             rollout_ahead=args.rollout_ahead,
             max_updates=lambda: self.state.max_steps,
+            choice=args.choice(),
         )
 
     def _make_reference(self) -> nn.Module | None:
@@ -261,25 +291,80 @@ class GRPOTrainer(Trainer):
     # ---- The update
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Run one update's micro-batches; gradients are synchronized on the last."""
-        loss = torch.zeros((), device=self.args.device)
+        """Run one update's micro-batches, and look at what comes of them."""
         if "update" not in inputs:
-            return loss
+            return torch.zeros((), device=self.args.device)
         update: Update = inputs["update"]
         model.train()
+        loss, measured = self._with_less_memory(model, update)
+        values = self._step_means(loss, measured)
+        self._skips_step = self._guarded(values, partial(not_finite, self.model, str(self.args.output_dir), update))
+        if math.isfinite(values["loss"]):
+            self.metrics.mean("loss", loss)
+            for batch, of_tokens in measured:
+                self._record_values(batch, of_tokens)
+        return loss
+
+    def _forward_backward(self, model: nn.Module, update: Update) -> tuple[Tensor, list[Measured]]:
+        """The loss, and what its micro-batches measured; gradients are synchronized on the last."""
+        loss = torch.zeros((), device=self.args.device)
+        measured: list[Measured] = []
         with self.metrics.phase("forward_backward"):
             for number, batch in enumerate(update.microbatches, start=1):
                 last = number == len(update.microbatches)
                 # Gradients that are not synchronized are whole ones, for which sharded models have no room.
                 with contextlib.nullcontext() if last or self.sharded else self.accelerator.no_sync(model):
-                    part = self._loss(model, batch, update)
+                    part, values = self._loss(model, batch, update)
                     self.accelerator.backward(part)
                 loss += part.detach()
-        self._stop_unless_finite("loss", loss, update)
-        self.metrics.mean("loss", loss.detach())
-        return loss
+                if batch.weight:
+                    measured.append((batch, {name: value.detach() for name, value in values.items()}))
+        return loss, measured
 
-    def _loss(self, model: nn.Module, batch: PackedBatch, update: Update) -> Tensor:
+    def _with_less_memory(self, model: nn.Module, update: Update) -> tuple[Tensor, list[Measured]]:
+        """`_forward_backward`, tried once more on micro-batches of half the tokens when memory has run out."""
+        own = [batch for batch in update.microbatches if batch.old_logprobs is None]
+        try:
+            return self._forward_backward(model, update)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._halve_budget(update, error)
+        # Outside the except clause, which keeps the failed pass's activations.
+        for batch in own:
+            batch.old_logprobs = None
+        model.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for planned in self.stream.rollout.updates if self.stream.rollout else [update]:
+            planned.microbatches = [
+                part
+                for batch in planned.microbatches
+                for part in split(batch, tokens_per_microbatch=self.stream.plan.tokens_per_microbatch)
+            ]
+        return self._with_less_memory(model, update)
+
+    def _halve_budget(self, update: Update, error: RuntimeError) -> None:
+        """For the rest of the run; raises when that was done before, or when other processes would have to join in."""
+        budget, largest = self.stream.plan.tokens_per_microbatch, max(batch.num_tokens for batch in update.microbatches)
+        step = self.state.global_step + 1
+        said = f"out of memory in step {step} on micro-batches of up to {largest} tokens, tokens_per_microbatch={budget}"
+        if self.peers.count > 1:  # they wait in a collective, where a checkpoint would wait for them
+            raise torch.OutOfMemoryError(f"{said}; set tokens_per_microbatch={max(1, budget // 2)}: {error}") from error
+        if self._halved_budget is not None or budget == 1:
+            raise GuardError(
+                f"{said}, which was halved before: lower it, max_completion_length={self.args.max_completion_length} or the "
+                f"length of prompts, or set gradient_checkpointing=True: {error}"
+            ) from error
+        self._set_budget(budget // 2)
+        logger.warning(f"{said}; from here on it is {budget // 2}, and the step is taken again with the same numbers")
+        self.metrics.maximum("guards/out_of_memory", 1.0)
+
+    def _set_budget(self, tokens: int) -> None:
+        self._halved_budget = tokens
+        self.stream.plan = replace(self.stream.plan, tokens_per_microbatch=tokens)
+
+    def _loss(self, model: nn.Module, batch: PackedBatch, update: Update) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = self._logprobs(model, self.model, batch)
         if batch.old_logprobs is None:
             # Sampling-time weights are the current ones, so π_old is π_θ held constant; later passes will need it.
@@ -294,10 +379,8 @@ class GRPOTrainer(Trainer):
             ref_logprobs=batch.ref_logprobs,
             rollout_logprobs=batch.rollout_logprobs,
         )
-        if batch.weight:
-            self._record_values(batch, values)
         # Data-parallel wrappers average over processes what is already a share of the global sum.
-        return loss * batch.weight * update.denominators.num_processes
+        return loss * batch.weight * update.denominators.num_processes, values
 
     def _record_values(self, batch: PackedBatch, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
@@ -332,19 +415,54 @@ class GRPOTrainer(Trainer):
             return self._no_grad_logprobs(self.model_wrapped, self.model, batch)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Trainer's, stopping the run before a gradient that is not finite reaches the weights.
+        """Trainer's, with a look at it before it reaches the weights, and without the gradients of a step that is skipped.
 
         fp16's gradient scaler makes such gradients itself, finds them, and leaves out the step.
         """
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if grad_norm is not None and self.accelerator.scaler is None:
-            self._stop_unless_finite("gradient norm", grad_norm)
+        if grad_norm is not None and self.accelerator.scaler is None and not self._skips_step:
+            explain = partial(not_finite, self.model, str(self.args.output_dir))
+            self._skips_step = self._guarded({"gradient norm": float(grad_norm)}, explain)
+        if self._skips_step:
+            model.zero_grad()  # to None: from a gradient of zero, momentum and weight decay would still move weights
+        if self.guards.may_skip:
+            self.metrics.mean("guards/skipped_steps", float(self._skips_step))
         return grad_norm
 
-    def _stop_unless_finite(self, what: str, value: Any, update: Update | None = None) -> None:
-        if not torch.isfinite(torch.as_tensor(value)):
-            step, folder = self.state.global_step + 1, str(self.args.output_dir)
-            raise FloatingPointError(not_finite(what, float(value), step, self.model, folder, update))
+    # ---- Guards
+
+    def _step_means(self, loss: Tensor, measured: list[Measured]) -> dict[str, float]:
+        """The loss and the means over an update's tokens, over all processes, by metric name."""
+        mine = {"loss": (loss.item(), 1)}
+        for name in measured[0][1] if measured else ():
+            values = [of_tokens[name] for _, of_tokens in measured]
+            mine[name] = (sum(value.sum() for value in values).item(), sum(map(len, values)))  # type: ignore[union-attr]
+        everyone = self.peers.gather(mine)
+        means: dict[str, float] = {}
+        for name in dict.fromkeys(name for part in everyone for name in part):
+            totals, counts = zip(*(part[name] for part in everyone if name in part), strict=True)
+            means[name] = sum(totals) / sum(counts)
+        if (rollout := self.stream.rollout) is not None:
+            means["sampling/staleness"] = rollout.index * self.stream.steps_per_rollout - rollout.version
+        return means
+
+    def _guarded(self, values: dict[str, float], explain: Callable[[], str], *, taken: bool = False) -> bool:
+        """Whether to skip the step; ``taken``: it is too late for that. Raises GuardError where a guard stops the run."""
+        readings = self.guards.look(Seen(self.state.global_step + (not taken), values, explain=explain))
+        for name, reading in readings.items():
+            self.metrics.maximum(f"guards/{name}", float(reading.tripped))
+        return self.guards.act(readings, can_skip=not taken)
+
+    def _guard_weights(self, norm: float) -> None:
+        explain = partial(weights_not_finite, self.state.global_step, self.model, self.args)
+        self._guarded({"norm of the weights": norm}, explain, taken=True)
+
+    def _save_before_stop(self, trial: Any) -> None:
+        """The steps so far are good, unless their weights are not."""
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        wanted = self.args.save_strategy != "no" and self.state.global_step > 0
+        if wanted and not is_finished(folder) and math.isfinite(norm_of_weights(self.model)):
+            self._save_checkpoint(self.model, trial)
 
     # ---- Evaluation
 
@@ -391,8 +509,12 @@ class GRPOTrainer(Trainer):
             logger.warning(said)
         if checkpoint and self._set_aside:  # by an evaluation before this
             put_back(self._set_aside, Path(str(self.args.output_dir)))
+        self._unsaved = None
         try:
-            return super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+        except GuardError:
+            self._save_before_stop(trial)
+            raise
         except EngineLostError:
             self.stream.ahead = None  # it is lost with the engine
             if self.state.global_step:
@@ -401,6 +523,9 @@ class GRPOTrainer(Trainer):
             raise
         finally:
             self.sampler.engine.abort()
+        if self._unsaved:
+            raise GuardError(f"the run has ended, and its last checkpoint is not saved: {self._unsaved}")
+        return output
 
     def _describe(self) -> dict[str, Any]:
         return describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
@@ -408,6 +533,7 @@ class GRPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the steps since the last log measured; reward comes first."""
         self._claim_run_folder()
+        readings = {}
         if "loss" in logs:
             steps = self.state.global_step - self._last_logged_step
             measured = self.metrics.flush(self.peers.gather, steps=steps)
@@ -416,9 +542,11 @@ class GRPOTrainer(Trainer):
             measured["num_tokens"] = self.state.num_input_tokens_seen
             logs = dict(sorted((logs | measured).items(), key=lambda item: item[0] != "reward"))
             self._last_logged_step = self.state.global_step
-            if warning := mismatch_warning(measured):
-                logger.warning_once(warning)
+            rewards = [line["reward"] for line in [*self.state.log_history, logs] if "loss" in line and "reward" in line]
+            readings = self.guards.look(Seen(self.state.global_step, rewards=rewards))
+            logs |= {f"guards/{name}": float(reading.tripped) for name, reading in readings.items()}
         super().log(logs, start_time)
+        self.guards.act(readings)
 
     def _claim_run_folder(self) -> None:
         """Before the first write: a new run does not mix its records with those of an earlier one in the same folder."""
@@ -439,19 +567,47 @@ class GRPOTrainer(Trainer):
         """Trainer's, with the rollouts and metrics in progress, a reference that moves, and a manifest; older checkpoints go
         when this one is whole."""
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        problems = self.peers.gather(self._unless_disk_full(folder, lambda: self._write_checkpoint(folder, model, trial)))
+        if not any(problems) and self.peers.rank == 0:
+            problems = [self._unless_disk_full(folder, lambda: finish(folder, self._describe()))]
+        self._unsaved = next((said for part in self.peers.gather(problems) for said in part if said), None)
+        if self._unsaved:
+            self._failed_saves += 1
+            self.metrics.maximum("guards/disk_full", self._failed_saves)
+        if self.peers.rank == 0 and self._unsaved:
+            shutil.rmtree(folder, ignore_errors=True)
+            logger.warning(f"{self._unsaved}. What was written of it is removed, and training goes on")
+        elif self.peers.rank == 0:
+            rotate_checkpoints(str(folder.parent), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _unless_disk_full(self, folder: Path, write: Callable[[], None]) -> str | None:
+        """Call it; what to say when the disk is full."""
+        try:
+            write()
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            free = shutil.disk_usage(folder.parent).free
+            kept = ", ".join(path.name for path in checkpoints_in(folder.parent) if is_finished(path)) or "none"
+            return f"{folder} cannot be saved, the disk has {free} bytes free ({error}); checkpoints that are kept: {kept}"
+        return None
+
+    def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
+        """All but the manifest."""
         if self.peers.rank == 0:
             begin(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(model, trial)
-        self.args.save_total_limit = limit
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         if self.args.sync_ref_model and self.ref_model is not None and self.peers.rank == 0:
             torch.save(self.ref_model.state_dict(), folder / "reference.pt")
-        state = {"stream": self.stream.state_dict(), "metrics": self.metrics.state_dict(), "logged": self._last_logged_step}
-        save_part(state, folder, self.peers.rank)
-        self.accelerator.wait_for_everyone()
-        if self.peers.rank == 0:
-            finish(folder, self._describe())
-            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
+        stream, rollout = self.stream.state_dict(), self.stream.rollout
+        if rollout is not None and rollout.index == self.state.global_step // self.stream.steps_per_rollout:
+            stream["rollout"] = rollout  # a guard has stopped its first step
+        state = {"stream": stream, "metrics": self.metrics.state_dict(), "logged": self._last_logged_step}
+        save_part(state | {"halved_budget": self._halved_budget}, folder, self.peers.rank)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's, with the rollout, a reference that moves, and the random state."""
@@ -461,6 +617,8 @@ class GRPOTrainer(Trainer):
         device = self.args.device
         state = load_part(Path(checkpoint), self.peers.rank, device)
         self.stream.load_state_dict(state["stream"])
+        if state.get("halved_budget"):
+            self._set_budget(min(state["halved_budget"], self.stream.plan.tokens_per_microbatch))
         if self.args.sync_ref_model and self.ref_model is not None:
             self.ref_model.load_state_dict(torch.load(Path(checkpoint, "reference.pt"), map_location=device))
         self._load_rng_state(checkpoint)
