@@ -15,7 +15,7 @@ import torch
 from grpo_hf import GRPOConfig
 from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.packing.split import split
-from grpo_hf.training import checkpoints, guards, trainer
+from grpo_hf.training import checkpoints, guards, resumable
 from grpo_hf.training.checkpoints import checkpoints_in, damage, is_finished, newest_checkpoint
 from grpo_hf.training.guards import GUARDS, GuardError, Seen, chosen_guards, is_disk_full
 from tests.runs import AfterStep, logs, same, timeless, values, weights
@@ -206,7 +206,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, name: str, steps: set[int]) -> No
             raise OSError(errno.ENOSPC, "No space left on device", str(folder))
         original(*arguments)
 
-    monkeypatch.setattr(trainer, name, write)
+    monkeypatch.setattr(resumable, name, write)
 
 
 @pytest.mark.parametrize("part", ["save_part", "finish"])
@@ -243,7 +243,7 @@ def test_what_a_full_disk_sounds_like() -> None:
 
 
 def test_other_errors_while_saving_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "save_part", lambda *_: 1 / 0)
+    monkeypatch.setattr(resumable, "save_part", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tiny_trainer(tmp_path, **SAVING).train()
     assert not is_finished(tmp_path / "checkpoint-1")

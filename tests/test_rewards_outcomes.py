@@ -221,6 +221,8 @@ class Counting:
             if answer == "hang":
                 while True:
                     pass
+            if answer == "huge":
+                bytearray(10 * 2**30)
             if answer == "none":
                 raise BadGoldError("the answer 'none' has no number")
             return int(answer)
@@ -243,11 +245,12 @@ def test_gold_answers_are_parsed_once_a_prompt(tmp_path: Path, in_process: bool)
     assert tally["equals"].outcomes == {"scored": 3, "bad_gold": 3}
 
 
-def test_a_gold_answer_whose_parsing_hangs_is_bad(tmp_path: Path) -> None:
-    groups = [group("Q", ["7", "8"], answer="hang"), group("Q", ["1"], answer="1")]
+def test_a_gold_answer_whose_parsing_hangs_or_crashes_is_bad(tmp_path: Path) -> None:
+    groups = [group("Q", ["7", "8"], answer=answer) for answer in ("hang", "huge", "7")]
     tally, _ = settle(Counting(tmp_path / "log").verifier(), groups)
-    assert tally["equals"].outcomes == {"bad_gold": 2, "scored": 1}
-    assert "deadline of 1 s" in tally["equals"].offenders["bad_gold"][0].verdict.message
+    assert tally["equals"].outcomes == {"bad_gold": 4, "scored": 2}
+    messages = " ".join(item.verdict.message for item in tally["equals"].offenders["bad_gold"])
+    assert "deadline of 1 s" in messages and "MemoryError" in messages
 
 
 @pytest.mark.parametrize("in_process", [False, True], ids=["worker", "here"])

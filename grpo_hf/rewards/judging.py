@@ -72,12 +72,11 @@ def judged(
     return Verdict("no_answer" if isinstance(value, NoAnswer) else "scored", score, time.perf_counter() - start)
 
 
-def failed(error: BaseException, seconds: float, outcome: str = "error") -> Verdict:
+def failed(error: BaseException, seconds: float, outcome: str | None = None) -> Verdict:
     """The verdict on a call that raised."""
-    if isinstance(error, BadGoldError):
-        outcome = "bad_gold"
-    elif isinstance(error, MemoryError):
-        outcome = "crash"
+    if outcome is None:
+        kinds = {BadGoldError: "bad_gold", MemoryError: "crash"}
+        outcome = next((name for kind, name in kinds.items() if isinstance(error, kind)), "error")
     frames = error.__traceback__.tb_next if error.__traceback__ else None
     text = "".join(traceback.format_exception(type(error), error, frames)).strip()
     return Verdict(outcome, seconds=seconds, message=text[-MESSAGE_CHARACTERS:])

@@ -66,9 +66,11 @@ class Parse:
     def __call__(self, lane: Lane) -> list[Gold]:
         answers = lane.ask([self.verifier], in_worker.parse_gold, self.verifier.slot, pickle.dumps(self.values))
         if not isinstance(answers, Verdict):
-            return [Gold(answer[4], _verdict(answer, logs=False)) for answer in answers]
+            return [_gold(answer[4], _verdict(answer, logs=False)) for answer in answers]
+        if answers.outcome == "error":  # not of the answers: the verifier cannot be loaded
+            return [Gold(b"", answers)] * len(self.values)
         if len(self.values) == 1:
-            return [Gold(b"", answers if answers.outcome == "error" else replace(answers, outcome="bad_gold"))]
+            return [_gold(b"", answers)]
         return [gold for value in self.values for gold in Parse(self.verifier, [value])(lane)]
 
 
@@ -162,6 +164,11 @@ class Lane:
         """End it for good, from any thread."""
         self.closed = True
         self.end()
+
+
+def _gold(blob: bytes, verdict: Verdict) -> Gold:
+    """However its parsing failed, a gold answer that could not be parsed is a bad one."""
+    return Gold(blob, verdict if verdict.outcome == "scored" else replace(verdict, outcome="bad_gold"))
 
 
 def _verdict(answer: in_worker.Answer, *, logs: bool = True) -> Verdict:

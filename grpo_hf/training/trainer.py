@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,8 +15,7 @@ from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
 from grpo_hf.algorithm.objective import Objective
@@ -29,16 +27,13 @@ from grpo_hf.packing.logprobs import batch_logprobs
 from grpo_hf.packing.split import split
 from grpo_hf.rewards import RewardSpec, Scorer
 from grpo_hf.rewards.faults import merged, stop_if_faulty
-from grpo_hf.rollout.engine import EngineLostError
 from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.planning import Plan, Update
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, prepare_tokenizer
 from grpo_hf.rollout.record import (
-    put_back,
     record_forward,
     record_outcomes,
     record_rollout,
-    set_aside_earlier_run,
     write_rollout,
 )
 from grpo_hf.rollout.sampler import GroupSampler
@@ -53,31 +48,20 @@ from grpo_hf.training.callbacks import (
     SyncReference,
     print_samples,
 )
-from grpo_hf.training.checkpoints import (
-    begin,
-    checkpoints_in,
-    finish,
-    is_finished,
-    load_part,
-    resume_point,
-    run_of,
-    save_part,
-)
 from grpo_hf.training.checks import (
     check_enough_prompts,
     check_reference,
     checked_prompts,
     checked_rewards,
-    norm_of_weights,
     not_finite,
     refuse_arguments,
     weights_not_finite,
 )
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import make_engine, make_sampling
-from grpo_hf.training.guards import GuardError, Guards, Seen, is_disk_full, is_out_of_memory
+from grpo_hf.training.guards import GuardError, Guards, Seen, is_out_of_memory
 from grpo_hf.training.models import causal_lm, frozen_copy, is_sharded, load_config, load_model, load_tokenizer, run_inside
-from grpo_hf.training.same_run import check_same_run, describe_run
+from grpo_hf.training.resumable import ResumableTrainer
 from grpo_hf.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -89,7 +73,7 @@ Measured = tuple[PackedBatch, dict[str, Tensor]]
 """A micro-batch and the per-token values of its loss."""
 
 
-class GRPOTrainer(Trainer):
+class GRPOTrainer(ResumableTrainer):
     """Train a causal LM with GRPO (Shao et al. 2024, arXiv 2402.03300) and its descendants.
 
     The constructor is TRL's. `model` is a name, a path or a causal LM; `reward_funcs` one or several of: a registered
@@ -176,12 +160,6 @@ class GRPOTrainer(Trainer):
             self.add_callback(SyncReference(self.model, self.ref_model))
         self.guards = Guards(self.args.chosen_guards())
         self._skips_step = False
-        self._halved_budget: int | None = None
-        self._unsaved: str | None = None
-        self._failed_saves = 0
-        self._last_logged_step = 0
-        self._run_folder_is_ours = False
-        self._set_aside: Path | None = None
 
     # ---- Setting up
 
@@ -360,10 +338,6 @@ class GRPOTrainer(Trainer):
         logger.warning(f"{said}; from here on it is {budget // 2}, and the step is taken again with the same numbers")
         self.metrics.maximum("guards/out_of_memory", 1.0)
 
-    def _set_budget(self, tokens: int) -> None:
-        self._halved_budget = tokens
-        self.stream.plan = replace(self.stream.plan, tokens_per_microbatch=tokens)
-
     def _loss(self, model: nn.Module, batch: PackedBatch, update: Update) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = self._logprobs(model, self.model, batch)
         if batch.old_logprobs is None:
@@ -457,13 +431,6 @@ class GRPOTrainer(Trainer):
         explain = partial(weights_not_finite, self.state.global_step, self.model, self.args)
         self._guarded({"norm of the weights": norm}, explain, taken=True)
 
-    def _save_before_stop(self, trial: Any) -> None:
-        """The steps so far are good, unless their weights are not."""
-        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        wanted = self.args.save_strategy != "no" and self.state.global_step > 0
-        if wanted and not is_finished(folder) and math.isfinite(norm_of_weights(self.model)):
-            self._save_checkpoint(self.model, trial)
-
     # ---- Evaluation
 
     def evaluate(
@@ -495,40 +462,7 @@ class GRPOTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # ---- Logs and checkpoints
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Trainer's; "auto" goes on from the newest whole checkpoint in output_dir, or starts anew."""
-        checkpoint = resume_point(resume_from_checkpoint, Path(str(self.args.output_dir)))
-        if checkpoint and (said := check_same_run(run_of(checkpoint), self._describe(), str(checkpoint))):
-            logger.warning(said)
-        if checkpoint and self._set_aside:  # by an evaluation before this
-            put_back(self._set_aside, Path(str(self.args.output_dir)))
-        self._unsaved = None
-        try:
-            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
-        except GuardError:
-            self._save_before_stop(trial)
-            raise
-        except EngineLostError:
-            self.stream.ahead = None  # it is lost with the engine
-            if self.state.global_step:
-                self._save_checkpoint(self.model, trial)
-                logger.error(f"saved step {self.state.global_step}; go on with --resume_from_checkpoint auto")
-            raise
-        finally:
-            self.sampler.engine.abort()
-        if self._unsaved:
-            raise GuardError(f"the run has ended, and its last checkpoint is not saved: {self._unsaved}")
-        return output
-
-    def _describe(self) -> dict[str, Any]:
-        return describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
+    # ---- Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the steps since the last log measured; reward comes first."""
@@ -548,80 +482,9 @@ class GRPOTrainer(Trainer):
         super().log(logs, start_time)
         self.guards.act(readings)
 
-    def _claim_run_folder(self) -> None:
-        """Before the first write: a new run does not mix its records with those of an earlier one in the same folder."""
-        if not self._run_folder_is_ours and self.state.global_step == 0:
-            if self.peers.rank == 0:
-                self._set_aside = set_aside_earlier_run(Path(str(self.args.output_dir)))
-            self.accelerator.wait_for_everyone()
-        self._run_folder_is_ours = True
-
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Forward and backward cost of an update's unique tokens: 6 * tokens * weights."""
         if "update" not in inputs:
             return 0
         tokens = sum(batch.num_tokens for batch in inputs["update"].microbatches)
         return 6 * tokens * causal_lm(self.model).num_parameters(exclude_embeddings=True)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's, with the rollouts and metrics in progress, a reference that moves, and a manifest; older checkpoints go
-        when this one is whole."""
-        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        problems = self.peers.gather(self._unless_disk_full(folder, lambda: self._write_checkpoint(folder, model, trial)))
-        if not any(problems) and self.peers.rank == 0:
-            problems = [self._unless_disk_full(folder, lambda: finish(folder, self._describe()))]
-        self._unsaved = next((said for part in self.peers.gather(problems) for said in part if said), None)
-        if self._unsaved:
-            self._failed_saves += 1
-            self.metrics.maximum("guards/disk_full", self._failed_saves)
-        if self.peers.rank == 0 and self._unsaved:
-            shutil.rmtree(folder, ignore_errors=True)
-            logger.warning(f"{self._unsaved}. What was written of it is removed, and training goes on")
-        elif self.peers.rank == 0:
-            rotate_checkpoints(str(folder.parent), self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _unless_disk_full(self, folder: Path, write: Callable[[], None]) -> str | None:
-        """Call it; what to say when the disk is full."""
-        try:
-            write()
-        except Exception as error:
-            if not is_disk_full(error):
-                raise
-            free = shutil.disk_usage(folder.parent).free
-            kept = ", ".join(path.name for path in checkpoints_in(folder.parent) if is_finished(path)) or "none"
-            return f"{folder} cannot be saved, the disk has {free} bytes free ({error}); checkpoints that are kept: {kept}"
-        return None
-
-    def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
-        """All but the manifest."""
-        if self.peers.rank == 0:
-            begin(folder)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.sync_ref_model and self.ref_model is not None and self.peers.rank == 0:
-            torch.save(self.ref_model.state_dict(), folder / "reference.pt")
-        stream, rollout = self.stream.state_dict(), self.stream.rollout
-        if rollout is not None and rollout.index == self.state.global_step // self.stream.steps_per_rollout:
-            stream["rollout"] = rollout  # a guard has stopped its first step
-        state = {"stream": stream, "metrics": self.metrics.state_dict(), "logged": self._last_logged_step}
-        save_part(state | {"halved_budget": self._halved_budget}, folder, self.peers.rank)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Trainer's, with the rollout, a reference that moves, and the random state."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        device = self.args.device
-        state = load_part(Path(checkpoint), self.peers.rank, device)
-        self.stream.load_state_dict(state["stream"])
-        if state.get("halved_budget"):
-            self._set_budget(min(state["halved_budget"], self.stream.plan.tokens_per_microbatch))
-        if self.args.sync_ref_model and self.ref_model is not None:
-            self.ref_model.load_state_dict(torch.load(Path(checkpoint, "reference.pt"), map_location=device))
-        self._load_rng_state(checkpoint)
-        self._last_logged_step = state["logged"]
-        self.metrics.reset()  # loading is no part of the first step
-        self.metrics.load_state_dict(state["metrics"])
