@@ -344,10 +344,18 @@ def test_a_run_stops_when_faults_pass_their_share(count: int, of: int, stops: bo
 
 
 def test_the_share_is_that_of_all_processes() -> None:
-    mine, others = faulty(3, 10, QUICK), faulty(0, 10, QUICK)
-    with pytest.raises(RewardFaultError, match="30% of them"):
+    mine, others = faulty(4, 10, QUICK), faulty(0, 10, QUICK)
+    with pytest.raises(RewardFaultError, match="40% of them"):
         stop_if_faulty(mine, QUICK)
     stop_if_faulty(merged([mine, others]), QUICK)
+
+
+def test_of_few_calls_some_faults_may_be_chance_and_all_may_not() -> None:
+    stop_if_faulty(faulty(1, 4, QUICK), QUICK)
+    stop_if_faulty(faulty(3, 8, QUICK), QUICK)
+    for faults, calls in ((4, 4), (1, 1), (4, 8)):
+        with pytest.raises(RewardFaultError):
+            stop_if_faulty(faulty(faults, calls, QUICK), QUICK)
 
 
 def test_a_policy_can_stop_at_the_first() -> None:
