@@ -33,9 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text())
         return 0 if arguments else 2
     run_recipe(*parse(arguments))
-    # gloo's threads abort a process that ends before they do: let go of the wrapped model, then of the process group.
-    gc.collect()
-    PartialState().destroy_process_group()
+    # gloo's threads abort a process that ends before they do: let go of the wrapped model, then of the process group. In a
+    # single process the group is vLLM's own, if there is one.
+    if PartialState().num_processes > 1:
+        gc.collect()
+        PartialState().destroy_process_group()
     return 0
 
 

@@ -129,7 +129,8 @@ def start_update(client: VLLMClient) -> None:
     """Begin a weight update; one that a killed trainer has left open is ended first."""
     client.post("/init_weight_transfer_engine", {"init_info": {}})
     try:
-        client.post("/start_weight_update")
+        # The server drops a connection after an error, which nothing else should find in the pool.
+        client.post("/start_weight_update", headers={"connection": "close"})
     except ServerLostError:
         client.post("/finish_weight_update")
         client.post("/start_weight_update")
