@@ -146,20 +146,21 @@ def main() -> None:
     """Measure every size and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--size", choices=MODELS, help="this size only")
+    parser.add_argument("--size", choices=MODELS, help="this size only; the others' results stay")
     args = parser.parse_args()
-    threads, results = torch.get_num_threads(), {}
+    path = Path(__file__).parent / "results" / "engines.json"
+    results = json.loads(path.read_text())["sizes"] if args.size and path.exists() else {}
+    threads = torch.get_num_threads()
     for size in [args.size] if args.size else MODELS:
-        r = results[size] = measure(size, args.repeats)
+        r = results[size] = measure(size, args.repeats) | {"repeats": args.repeats}
         rates = {name: values["median"] for name, values in r["tokens_per_second"].items()}
         base = rates["transformers"]
         print(f"{size}: " + ", ".join(f"{name} {rate:.0f} tok/s ({rate / base:.2f}x)" for name, rate in rates.items()))
         for name, sync in r["sync"].items():
             print(f"  sync {name:<16}{sync['seconds'] * 1000:>8.0f} ms {sync['bytes'] / 1e6:>8.1f} MB", flush=True)
-    setting = {"vllm": installed_vllm(), "torch": torch.__version__, "threads": threads, "repeats": args.repeats}
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / "engines.json").write_text(json.dumps({"setting": setting, "sizes": results}, indent=2) + "\n")
+    setting = {"vllm": installed_vllm(), "torch": torch.__version__, "threads": threads}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"setting": setting, "sizes": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

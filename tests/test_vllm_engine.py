@@ -16,6 +16,7 @@ from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.transformers_engine import cut_at_text
 from grpo_hf.rollout.vllm_engine import VLLMEngine
 from grpo_hf.rollout.vllm_process import as_it_was, same_random_state
+from grpo_hf.rollout.vllm_support import BATCHED_TOKENS
 from grpo_hf.rollout.weight_sync import StaleEngineError, WeightSync
 from grpo_hf.types import Completion
 from tests.tiny import WORDS, tiny_tokenizer
@@ -157,6 +158,13 @@ def test_what_was_sampled_before_an_update_is_not_taken_from_the_cache(engine: V
     after = sample(engine)
     engine.llm.reset_prefix_cache()
     assert ids(after) == ids(sample(engine))
+
+
+def test_more_prompts_than_one_step_takes(engine: VLLMEngine) -> None:
+    """A prompt that was cut between two steps would end vLLM's CPU engine: seeded generators cannot be wound back there."""
+    prompts = [[*range(1, 40), number % 80 + 1] for number in range(2 * BATCHED_TOKENS // 40)]
+    groups = sample(engine, replace(SAMPLING, max_completion_length=1), prompts=prompts, seeds=[*range(len(prompts))], n=1)
+    assert len(groups) == len(prompts) and all(len(item.ids) == 1 for group in groups for item in group)
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(engine: VLLMEngine) -> None:

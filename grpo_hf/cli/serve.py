@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from grpo_hf.rollout.vllm_plugin import FILE_BACKEND, WorkerExtension
-from grpo_hf.rollout.vllm_support import check_context, check_cpu_attention, installed_vllm, kv_cache_bytes
+from grpo_hf.rollout.vllm_support import BATCHED_TOKENS, check_context, check_cpu_attention, installed_vllm, kv_cache_bytes
 
 USAGE = """usage: grpo-hf serve MODEL [--port 8000] [--host 127.0.0.1] [any option of `vllm serve`]
 
@@ -75,6 +75,8 @@ def cpu_defaults(model: str, given: Sequence[str]) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "block-size": 32,
         "enforce-eager": True,
+        "no-enable-chunked-prefill": True,
+        "max-num-batched-tokens": max(BATCHED_TOKENS, length),
         "kv-cache-memory-bytes": kv_cache_bytes(config, dtype, max_model_len=length, weight_bytes=0),
     }
 

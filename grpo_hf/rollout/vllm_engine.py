@@ -17,6 +17,7 @@ from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.vllm_plugin import divide_logits, refresh_tied_head
 from grpo_hf.rollout.vllm_process import as_it_was, same_random_state
 from grpo_hf.rollout.vllm_support import (
+    BATCHED_TOKENS,
     check_context,
     check_cpu_attention,
     check_request,
@@ -79,6 +80,7 @@ class VLLMEngine:
             cache = kv_cache_bytes(lm.config, dtype, max_model_len=self.max_model_len, weight_bytes=weight_bytes)
             # The default block of 128 tokens would keep groups from sharing any shorter prompt.
             memory = {"kv_cache_memory_bytes": cache, "block_size": 32, "enforce_eager": True}
+            memory |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(BATCHED_TOKENS, self.max_model_len)}
         self.llm = start(
             lm,
             tokenizer if sampling.needs_text else None,

@@ -23,6 +23,10 @@ HOW_TO_INSTALL = (
 CONCURRENT = 256
 """Completions that are sampled at a time on the CPU; the others wait."""
 
+BATCHED_TOKENS = 8192
+"""Tokens of one step on the CPU. Prompts are never cut between steps there: vLLM would wind a seeded request's generator
+back, which torch's CPU generators cannot do, and its engine would die."""
+
 
 def installed_vllm() -> str:
     """The version of vLLM, found without importing it; ValueError with what to install for none or one not supported."""
