@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 Message = dict[str, Any]
@@ -81,27 +81,11 @@ class Sample:
 
 
 @dataclass
-class PrefixBlock:
-    """Groups of one prompt length inside a packed row, attended to in one call. Positions count tokens of the row."""
-
-    prompts: Int[Tensor, "prompts prompt_time"]
-    """Where each prompt's tokens lie."""
-    owner: Int[Tensor, " sequence"]
-    """Which of ``prompts`` each completion continues."""
-    completions: Int[Tensor, "sequence completion_time"]
-    """Where each completion's tokens lie; a shorter one repeats its last position up to the longest."""
-    real: Bool[Tensor, "sequence completion_time"]
-    """False on the repeats."""
-
-
-@dataclass
 class PrefixLayout:
     """What attention needs to know of a packed row: a prompt sees itself, a completion sees its prompt and itself."""
 
-    blocks: list[PrefixBlock]
-    """The groups, by prompt length."""
-    order: Int[Tensor, " time"]
-    """For each token of the row, its place in the concatenation of the blocks' prompt and completion tokens."""
+    spans: list[tuple[range, list[range]]]
+    """Where each group's prompt lies in the row, and its completions behind it, in the row's order."""
     prompt_of: Int[Tensor, " time"]
     """The group that each token of the row belongs to."""
     completion_of: Int[Tensor, " time"]
@@ -110,6 +94,11 @@ class PrefixLayout:
     """Each token's position in its own sequence."""
     block_masks: dict[int | None, Any] = field(default_factory=dict)
     """FlexAttention's masks by sliding window, made on first use and shared by the layers."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, a prompt with one of its completions."""
+        return max(len(prompt) + max(map(len, completions), default=0) for prompt, completions in self.spans)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the masks, which cannot be pickled, out of checkpoints; they are made again."""
@@ -162,10 +151,8 @@ class PackedBatch:
 
 def _to(carrier: Any, device: torch.device) -> Any:
     def move(value: Any) -> Any:
-        if isinstance(value, PrefixBlock | PrefixLayout):
+        if isinstance(value, PrefixLayout):
             return _to(value, device)
-        if isinstance(value, list):
-            return [move(item) for item in value]
         return value.to(device, non_blocking=True) if hasattr(value, "to") else value
 
     return replace(carrier, **{item.name: move(getattr(carrier, item.name)) for item in fields(carrier)})

@@ -7,7 +7,7 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers import AutoModelForCausalLM
 
 from grpo_hf.packing import attention
-from grpo_hf.packing.attention import SHARED_PREFIX, ScoreRule, block_mask, by_block, shared_prefix_attention
+from grpo_hf.packing.attention import SHARED_PREFIX, ScoreRule, block_mask, by_span, cascade, shared_prefix_attention
 from grpo_hf.packing.layout import packed_batch, padded_batch
 from grpo_hf.types import Group, PrefixLayout
 from tests.tiny import UNEVEN, random_groups, tiny_model
@@ -52,27 +52,57 @@ def layout_of(groups: list[Group]) -> PrefixLayout:
     return layout
 
 
-def random_heads(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """4 query heads on 2 key and value heads, large enough for sharp attention."""
+def random_heads(length: int, kv_heads: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """4 query heads on fewer key and value heads, large enough for sharp attention, and laid out as models have them."""
     torch.manual_seed(0)
-    return torch.randn(1, 4, length, 8) * 2, torch.randn(1, 2, length, 8), torch.randn(1, 2, length, 8)
+    query, key, value = (torch.randn(1, length, heads, 8).transpose(1, 2) for heads in (4, kv_heads, kv_heads))
+    return query * 2, key, value
 
 
 def dense_attention(query, key, value, mask, rule: ScoreRule) -> torch.Tensor:
-    key, value = (repeat(x, "batch head time dim -> batch (head group) time dim", group=2) for x in (key, value))
+    group = query.shape[1] // key.shape[1]
+    key, value = (repeat(x, "batch head time dim -> batch (head group) time dim", group=group) for x in (key, value))
     scores = query @ key.mT * rule.scaling
     if rule.softcap is not None:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
 
 
+def assert_dense_attention(function, groups: list[Group], rule: ScoreRule, **options) -> None:
+    """In its values, and in the gradients of a random mixture of them."""
+    mask = dense_mask(groups, rule.sliding_window)
+    found, expected = [], []
+    for results, attend in (
+        (found, lambda *heads: function(*heads, layout_of(groups), rule)),
+        (expected, lambda *heads: dense_attention(*heads, mask, rule)),
+    ):
+        heads = [states.requires_grad_() for states in random_heads(len(mask), **options)]
+        out = attend(*heads)
+        mixture = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        results += [out, *torch.autograd.grad((mixture * out).sum(), heads)]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
-def test_by_block_is_dense_attention_under_the_mask(shapes: list, rule: ScoreRule) -> None:
-    groups = random_groups(shapes)
-    mask = dense_mask(groups, rule.sliding_window)
-    heads = random_heads(len(mask))
-    torch.testing.assert_close(by_block(*heads, layout_of(groups), rule), dense_attention(*heads, mask, rule))
+def test_by_span_is_dense_attention_under_the_mask(shapes: list, rule: ScoreRule) -> None:
+    assert_dense_attention(by_span, random_groups(shapes), rule)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_cascade_is_dense_attention_under_the_mask(shapes: list, kv_heads: int) -> None:
+    assert_dense_attention(cascade, random_groups(shapes), RULES["plain"], kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize(
+    ("window", "softcap", "chosen"), [(None, None, cascade), (20, None, cascade), (19, None, by_span), (None, 5.0, by_span)]
+)
+def test_what_cascade_cannot_do_is_done_by_span(window: int | None, softcap: float | None, chosen) -> None:
+    layout = layout_of(random_groups([(12, [9, 3]), (15, [2])]))
+    assert layout.longest == 12 + 8  # the last token of a completion is no input
+    query, _, value = random_heads(len(layout.prompt_of))
+    assert attention._implementation(query, value, layout, ScoreRule(0.5, window, softcap)) is chosen
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
@@ -86,19 +116,19 @@ def test_the_flex_mask_is_the_layout_by_definition(shapes: list, window: int | N
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @torch.no_grad()
-def test_flex_attention_is_by_block(rule: ScoreRule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_attention_is_by_span(rule: ScoreRule, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled, since its compiled form is for GPUs: mask, scaling, cap and shared heads are handed over right."""
     monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: flex_attention)
     layout = layout_of(random_groups())
-    heads = random_heads(len(layout.order))
-    torch.testing.assert_close(attention._flex(*heads, layout, rule), by_block(*heads, layout, rule))
+    heads = random_heads(len(layout.prompt_of))
+    torch.testing.assert_close(attention._flex(*heads, layout, rule), by_span(*heads, layout, rule))
     assert list(layout.block_masks) == [rule.sliding_window]  # kept for the next layer
 
 
 def test_dropout_is_refused() -> None:
     groups = random_groups()
     layout = layout_of(groups)
-    heads = random_heads(len(layout.order))
+    heads = random_heads(len(layout.prompt_of))
     with pytest.raises(ValueError, match=r"takes no dropout, got 0.1: set disable_dropout=True"):
         shared_prefix_attention(torch.nn.Module(), *heads, None, prefix_layout=layout, dropout=0.1)
 

@@ -25,17 +25,15 @@ def test_packed_row() -> None:
 
 
 def test_packed_rows_structure() -> None:
-    """Groups of one prompt length share a block; the one-token completion has no input, so it is in none."""
+    """The one-token completion has no input, so its span is empty."""
     layout = packed_batch(GROUPS).prefix_layout
     assert layout is not None
-    twos, ones = layout.blocks
-    assert twos.prompts.tolist() == [[0, 1], [6, 7]]
-    assert twos.owner.tolist() == [0, 1]
-    assert twos.completions.tolist() == [[2, 2], [8, 9]]
-    assert twos.real.tolist() == [[True, False], [True, True]]
-    assert (ones.prompts.tolist(), ones.owner.tolist(), ones.completions.tolist()) == ([[3]], [0], [[4, 5]])
-    # The blocks' tokens, one after the other, are those at 0 1 6 7 2 8 9, then 3 4 5.
-    assert layout.order.tolist() == [0, 1, 4, 7, 8, 9, 2, 3, 5, 6]
+    assert layout.spans == [
+        (range(0, 2), [range(2, 3), range(3, 3)]),
+        (range(3, 4), [range(4, 6)]),
+        (range(6, 8), [range(8, 10)]),
+    ]
+    assert layout.longest == 4
     assert layout.prompt_of.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert layout.completion_of.tolist() == [-1, -1, 0, -1, 2, 2, -1, -1, 3, 3]
     assert layout.position_of.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3]
@@ -60,7 +58,7 @@ def test_one_token_completions_only() -> None:
     assert batch.scored_at.tolist() == [2, 2, 2]
     assert batch.targets.tolist() == [1, 2, 3]
     assert batch.prefix_layout is not None
-    assert batch.prefix_layout.blocks[0].completions.numel() == 0
+    assert batch.prefix_layout.spans == [(range(0, 3), [range(3, 3)] * 3)]
 
 
 def test_token_counts_by_hand() -> None:
@@ -135,6 +133,6 @@ def sequences_of(batch: PackedBatch) -> list[tuple]:
 def test_moving_a_batch_moves_its_structure() -> None:
     batch = packed_batch(GROUPS).to(torch.device("meta"))
     assert batch.prefix_layout is not None
-    tensors = [batch.input_ids, batch.advantages, batch.prefix_layout.order, batch.prefix_layout.blocks[0].owner]
+    tensors = [batch.input_ids, batch.advantages, batch.prefix_layout.prompt_of, batch.prefix_layout.position_of]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert isinstance(GROUPS[0], Group)

@@ -6,6 +6,7 @@ transformers' own `sdpa`, so generation and padded batches go on as before under
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from grpo_hf.types import PrefixBlock, PrefixLayout
+from grpo_hf.packing.cascade import prefix_and_own
+from grpo_hf.types import PrefixLayout
 
 SHARED_PREFIX = "shared_prefix"
 """The name under which a model selects this attention: `model.set_attn_implementation(SHARED_PREFIX)`."""
@@ -72,36 +74,37 @@ def shared_prefix_attention(
     if prefix_layout is None:
         out = _one_sequence(query, key, value, attention_mask, rule)
     else:
-        out = (_flex if query.is_cuda else by_block)(query, key, value, prefix_layout, rule)
+        out = _implementation(query, value, prefix_layout, rule)(query, key, value, prefix_layout, rule)
     return rearrange(out, "batch head time dim -> batch time head dim").contiguous(), None
 
 
-def by_block(query: Heads, key: Tensor, value: Tensor, layout: PrefixLayout, rule: ScoreRule) -> Heads:
-    """Two attention calls a block: its prompts, then its completions, whose keys are their prompt's and their own."""
+def _implementation(query: Heads, value: Tensor, layout: PrefixLayout, rule: ScoreRule) -> Callable[..., Heads]:
+    """What is fastest of those that can do it."""
+    if query.is_cuda:
+        return _flex
+    plain = rule.softcap is None and rule.sees_all(layout.longest) and query.shape[-1] == value.shape[-1]
+    return cascade if plain else by_span
+
+
+def by_span(query: Heads, key: Tensor, value: Tensor, layout: PrefixLayout, rule: ScoreRule) -> Heads:
+    """One attention call a prompt, and one a completion, whose keys are its prompt's and its own; for any rule."""
     repeats = query.shape[1] // key.shape[1]
-    states = query, repeat_kv(key, repeats), repeat_kv(value, repeats)
-    parts = [part for block in layout.blocks for part in _attend_block(*states, block, rule)]
-    return torch.cat(parts, dim=1)[:, layout.order].unsqueeze(0)
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+
+    def take(states: Heads, spans: list[range]) -> Heads:
+        return torch.cat([states[:, :, span.start : span.stop] for span in spans], dim=2)
+
+    parts = []
+    for prompt, completions in layout.spans:
+        for seen in ([prompt], *([prompt, completion] for completion in completions)):
+            parts.append(attend(take(query, seen[-1:]), take(key, seen), take(value, seen), rule))
+    return torch.cat(parts, dim=2)
 
 
-def _attend_block(
-    query: Heads, key: Heads, value: Heads, block: PrefixBlock, rule: ScoreRule
-) -> list[Float[Tensor, "head token dim"]]:
-    def take(states: Heads, positions: Tensor) -> Heads:
-        return rearrange(states[0, :, positions], "head batch time dim -> batch head time dim")
-
-    prompt_key, prompt_value = take(key, block.prompts), take(value, block.prompts)
-    out = attend(take(query, block.prompts), prompt_key, prompt_value, rule)
-    parts = [rearrange(out, "batch head time dim -> head (batch time) dim")]
-    if block.completions.numel():
-        out = attend(
-            take(query, block.completions),
-            torch.cat([prompt_key[block.owner], take(key, block.completions)], dim=2),
-            torch.cat([prompt_value[block.owner], take(value, block.completions)], dim=2),
-            rule,
-        )
-        parts.append(rearrange(out, "batch head time dim -> head batch time dim")[:, block.real])
-    return parts
+def cascade(query: Heads, key: Tensor, value: Tensor, layout: PrefixLayout, rule: ScoreRule) -> Heads:
+    """No key is copied and no mask is made, on the CPU; see cascade.py."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    return prefix_and_own(query.to(dtype), key.to(dtype), value.to(dtype), layout.spans, rule.scaling)
 
 
 def attend(query: Heads, key: Heads, value: Heads, rule: ScoreRule, mask: Tensor | None = None) -> Heads:
@@ -170,8 +173,8 @@ def block_mask(layout: PrefixLayout, sliding_window: int | None) -> BlockMask:
             return allowed
         return allowed & (layout.position_of[q] - layout.position_of[k] < sliding_window)
 
-    length = layout.order.numel()
-    return create_block_mask(may_look, B=None, H=None, Q_LEN=length, KV_LEN=length, device=layout.order.device)
+    length = len(layout.prompt_of)
+    return create_block_mask(may_look, B=None, H=None, Q_LEN=length, KV_LEN=length, device=layout.prompt_of.device)
 
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)

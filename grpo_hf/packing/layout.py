@@ -6,12 +6,11 @@ padded    one row a completion, prompt repeated        for models whose attentio
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 
-from grpo_hf.types import Completion, Group, PackedBatch, PrefixBlock, PrefixLayout
+from grpo_hf.types import Completion, Group, PackedBatch, PrefixLayout
 
 
 def pack(groups: list[Group], *, tokens_per_microbatch: int) -> list[PackedBatch]:
@@ -59,28 +58,29 @@ def packed_batch(groups: list[Group]) -> PackedBatch:
     scored_at: list[int] = []
     prompt_of: list[int] = []
     completion_of: list[int] = []
-    prompt_spans: list[range] = []
-    completion_spans: list[tuple[int, range]] = []
+    spans: list[tuple[range, list[range]]] = []
+    num_completions = 0
     for number, group in enumerate(groups):
-        prompt_end = len(ids) + len(group.prompt.ids)
-        prompt_spans.append(range(len(ids), prompt_end))
+        prompt = range(len(ids), len(ids) + len(group.prompt.ids))
+        spans.append((prompt, []))
         ids += group.prompt.ids
-        positions += range(len(group.prompt.ids))
-        completion_of += [-1] * len(group.prompt.ids)
+        positions += range(len(prompt))
+        completion_of += [-1] * len(prompt)
         for completion in group.completions:
             span = range(len(ids), len(ids) + len(completion.ids) - 1)
+            spans[-1][1].append(span)
             ids += completion.ids[:-1]
-            positions += range(len(group.prompt.ids), len(group.prompt.ids) + len(span))
-            completion_of += [len(completion_spans)] * len(span)
-            scored_at += [prompt_end - 1, *span]
-            completion_spans.append((number, span))
+            positions += range(len(prompt), len(prompt) + len(span))
+            completion_of += [num_completions] * len(span)
+            scored_at += [prompt[-1], *span]
+            num_completions += 1
         prompt_of += [number] * (len(ids) - len(prompt_of))
     return PackedBatch(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
         attention_mask=None,
         prefix_layout=PrefixLayout(
-            *_blocks(prompt_spans, completion_spans),
+            spans,
             prompt_of=torch.tensor(prompt_of),
             completion_of=torch.tensor(completion_of),
             position_of=torch.tensor(positions),
@@ -134,31 +134,6 @@ def _first_fit(pieces: list[Group], budget: int) -> list[list[Group]]:
         bins[number].append(piece)
         room[number] -= size
     return bins
-
-
-def _blocks(prompt_spans: list[range], completion_spans: list[tuple[int, range]]) -> tuple[list[PrefixBlock], torch.Tensor]:
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for number, span in enumerate(prompt_spans):
-        by_length[len(span)].append(number)
-    blocks, laid_out = [], []
-    for members in by_length.values():
-        row = {number: place for place, number in enumerate(members)}
-        spans = [(row[owner], span) for owner, span in completion_spans if owner in row and len(span)]
-        longest = max((len(span) for _, span in spans), default=0)
-        blocks.append(
-            PrefixBlock(
-                prompts=torch.tensor([list(prompt_spans[number]) for number in members]),
-                owner=torch.tensor([owner for owner, _ in spans], dtype=torch.long),
-                completions=torch.tensor(
-                    [[*span, *[span[-1]] * (longest - len(span))] for _, span in spans], dtype=torch.long
-                ).view(len(spans), longest),
-                real=torch.tensor(
-                    [[True] * len(span) + [False] * (longest - len(span)) for _, span in spans], dtype=torch.bool
-                ).view(len(spans), longest),
-            )
-        )
-        laid_out += [blocks[-1].prompts.flatten(), blocks[-1].completions[blocks[-1].real]]
-    return blocks, torch.cat(laid_out).argsort()
 
 
 def _completion_tensors(completions: list[Completion]) -> dict:

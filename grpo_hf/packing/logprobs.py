@@ -1,7 +1,7 @@
 """Log-probs and entropy of completion tokens without ever holding [tokens vocab] logits.
 
-The head's product is made in chunks of tokens, in the forward and again in the backward pass, so that memory holds one
-chunk of logits whatever the number of tokens (as in Cut Your Losses, arXiv 2411.09009, and Liger Kernel, 2410.10989).
+The head's product is made in chunks of tokens, in the forward and again in the backward pass, so that memory holds a bounded
+number of logits whatever the number of tokens (as in Cut Your Losses, arXiv 2411.09009, and Liger Kernel, 2410.10989).
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from grpo_hf.algorithm.logits import token_logprobs
 from grpo_hf.types import PackedBatch
 
 LOGITS_PER_CHUNK = 2**23
-"""Logits held at a time: 32 MiB in float32."""
+"""Logits made at a time: 32 MiB in float32."""
+
+LOGITS_KEPT = 2**25
+"""Log-probs of a forward pass left for the backward pass at most, which then need not be made again: 128 MiB."""
 
 LOGIT_TRANSFORMS: dict[str, Callable[[float, Tensor], Tensor]] = {
     "final_logit_softcapping": lambda cap, logits: cap * torch.tanh(logits / cap),
@@ -65,6 +68,7 @@ def head_logprobs(
     temperature: float = 1.0,
     transform: Callable[[Tensor], Tensor] | None = None,
     logits_per_chunk: int = LOGITS_PER_CHUNK,
+    logits_kept: int = LOGITS_KEPT,
 ) -> tuple[Tokens, Tokens]:
     """log softmax(head(h) / T) at the targets, and that softmax's entropy.
 
@@ -73,7 +77,8 @@ def head_logprobs(
     """
     if type(head) is nn.Linear and head.bias is None and transform is None:
         chunk = max(1, logits_per_chunk // head.weight.shape[0])
-        return _FusedLinearLogprobs.apply(hidden, head.weight, targets, temperature, chunk)
+        kept = logits_kept if torch.is_grad_enabled() else 0
+        return _FusedLinearLogprobs.apply(hidden, head.weight, targets, temperature, chunk, kept)
 
     def score(chunk: Hidden, ids: Tensor) -> tuple[Tokens, Tokens]:
         logits = head(chunk).float()
@@ -103,53 +108,79 @@ def _vocab_size(head: nn.Module) -> int:
 
 
 class _FusedLinearLogprobs(torch.autograd.Function):
-    """(h, W) -> log p[target], H with p = softmax(h W^T / T); logits are made chunk by chunk, twice.
+    """(h, W) -> log p[target], H with p = softmax(h W^T / T); logits are made chunk by chunk.
 
     With z = h W^T / T:   d log p_t / dz = onehot_t - p   and   dH / dz = -p (log p + H).
+
+    The first chunks, up to ``kept`` logits, are left for the backward pass, which makes the others again. With a frozen W
+    the forward pass leaves d log p_t / dh = (W_t - p W) / T instead, a vector a token, and nothing has to be made again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Hidden, weight: Float[Tensor, "vocab dim"], targets: Tensor, temperature: float, chunk: int
+        ctx: Any,
+        hidden: Hidden,
+        weight: Float[Tensor, "vocab dim"],
+        targets: Tensor,
+        temperature: float,
+        chunk: int,
+        kept: int,
     ) -> tuple[Tokens, Tokens]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         compute_weight = weight.to(dtype)
-        normalizer = torch.empty(len(targets), device=hidden.device)
-        logprobs, entropy = torch.empty_like(normalizer), torch.empty_like(normalizer)
+        logprobs = torch.empty(len(targets), device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        frozen = kept and ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        slope = torch.empty_like(hidden) if frozen else None
+        ctx.kept = {}
         for rows in _chunks(len(targets), chunk):
-            logits = linear(hidden[rows].to(dtype), compute_weight).float().div_(temperature)
-            normalizer[rows] = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - normalizer[rows]
-            logits -= normalizer[rows, None]
-            entropy[rows] = -torch.einsum("tv,tv->t", logits.exp(), logits)
-        ctx.save_for_backward(hidden, weight, targets, normalizer, entropy)
+            logp = _logits(hidden[rows], compute_weight, temperature).log_softmax(-1)
+            logprobs[rows] = logp.gather(-1, targets[rows, None]).squeeze(-1)
+            p = logp.exp()
+            entropy[rows] = -torch.einsum("tv,tv->t", p, logp)
+            if slope is not None:
+                slope[rows] = (compute_weight[targets[rows]] - p.to(dtype) @ compute_weight) / temperature
+            elif rows.stop * len(weight) <= kept:
+                ctx.kept[rows.start] = logp
+        ctx.save_for_backward(hidden, weight, targets, entropy, slope)
         ctx.dtype, ctx.temperature, ctx.chunk = dtype, temperature, chunk
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tokens | None, grad_entropy: Tokens | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, normalizer, entropy = ctx.saved_tensors
+        hidden, weight, targets, entropy, slope = ctx.saved_tensors
+        if slope is not None and grad_entropy is None and grad_logprobs is not None:
+            return slope * grad_logprobs[:, None].to(slope.dtype), None, None, None, None, None
         compute_weight = weight.to(ctx.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for rows in _chunks(len(targets), ctx.chunk):
-            states = hidden[rows].to(ctx.dtype)
-            logp = linear(states, compute_weight).float().div_(ctx.temperature).sub_(normalizer[rows, None])
-            grad = torch.zeros_like(normalizer[rows]) if grad_logprobs is None else grad_logprobs[rows]
+            logp = ctx.kept.get(rows.start)
+            if logp is None:
+                logp = _logits(hidden[rows], compute_weight, ctx.temperature).log_softmax(-1)
+            grad = torch.zeros_like(entropy[rows]) if grad_logprobs is None else grad_logprobs[rows]
             coefficient = grad[:, None]  # of -p in dL/dz
             if grad_entropy is not None:
                 coefficient = grad[:, None] + grad_entropy[rows, None] * (logp + entropy[rows, None])
-            grad_logits = logp.exp_().mul_(coefficient).neg_()
+            grad_logits = logp.exp().mul_(coefficient.neg())
             grad_logits.scatter_add_(-1, targets[rows, None], grad[:, None])
-            grad_logits = grad_logits.div_(ctx.temperature).to(ctx.dtype)
+            if ctx.temperature != 1:
+                grad_logits.div_(ctx.temperature)
+            grad_logits = grad_logits.to(ctx.dtype)
             grad_hidden[rows] = (grad_logits @ compute_weight).to(hidden.dtype)
+            states = hidden[rows].to(ctx.dtype)
             if grad_weight is not None and ctx.dtype == torch.float32:
                 grad_weight.addmm_(grad_logits.t(), states)
             elif grad_weight is not None:
                 grad_weight += grad_logits.t() @ states
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _logits(hidden: Hidden, weight: Float[Tensor, "vocab dim"], temperature: float) -> Float[Tensor, "token vocab"]:
+    logits = linear(hidden.to(weight.dtype), weight).float()
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def _chunks(length: int, chunk: int) -> Iterator[slice]:
