@@ -1,0 +1,346 @@
+"""The sides of a comparison, each a real trainer in a process of its own that takes a step when it is told to.
+
+    python -m benchmarks.sides '{"side": "trl", "case": {...}, "model": FOLDER, "folder": FOLDER}'
+
+reads a line from standard input for each rollout, trains on the case's completions, and answers with a JSON line. The
+completions are injected where each trainer samples: TRL's `rollout_func`, our Engine. So all sides train on the same tokens
+with the same rewards, and the clock runs from the moment the completions are there to the end of the optimizer step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+
+from grpo_hf.types import Completion
+
+VOCABULARY, GROUP_SIZE = 32_000, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all sides train on."""
+
+    prompt: int
+    """Tokens of every prompt."""
+    completion: int
+    """Tokens of a completion at most; lengths are uniform between a quarter of that and the whole."""
+    equal: bool = False
+    """All completions have the whole length."""
+    groups: int = 4
+    """Prompts of an update."""
+    group_size: int = GROUP_SIZE
+    """Completions of a prompt."""
+    rows: int = GROUP_SIZE
+    """Completions that TRL and the padded reference forward at a time; the packed side forwards a group."""
+    flat: int = 0
+    """Groups of an update whose rewards are all equal."""
+    updates: int = 1
+    """Optimizer steps of a rollout."""
+    beta: float = 0.0
+    """KL coefficient."""
+    lora: bool = False
+    """Train an adapter of rank 16 on every linear layer."""
+    vocabulary: int = VOCABULARY
+    """Of the model."""
+
+
+def make_model(vocabulary: int = VOCABULARY, *, hidden: int = 256, layers: int = 26) -> Qwen2ForCausalLM:
+    """40 million random weights: Qwen2.5's proportions (hidden to intermediate 3 : 16, heads of 64, few of keys and values),
+    a fifth of them in tied embeddings, as in SmolLM2-135M and Llama-3.2-1B."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 16 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 384),
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+        bos_token_id=None,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 2,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """One token a word, w0 w1 ..., then <pad> and <eos>."""
+    words = {word: number for number, word in enumerate([*(f"w{n}" for n in range(vocabulary - 2)), "<pad>", "<eos>"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+@dataclass
+class Data:
+    """The prompts and completions of a case; every rollout has the same."""
+
+    prompts: list[list[int]]
+    """Token ids."""
+    completions: list[list[list[int]]]
+    """Token ids by prompt and number."""
+    flat: set[str]
+    """Prompts, as text, whose completions all have the same reward."""
+
+    def reward(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        """The share of words with an even number; 0.5 where there is to be no signal."""
+        return [
+            0.5 if prompt in self.flat else sum(word[-1] in "02468" for word in text.split()) / len(text.split())
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+
+
+def text_of(ids: list[int]) -> str:
+    """What make_tokenizer's tokenizer decodes."""
+    return " ".join(f"w{number}" for number in ids)
+
+
+def make_data(case: Case) -> Data:
+    """Random tokens, the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(case.vocabulary - 2, (length,), generator=generator).tolist()
+
+    def length() -> int:
+        low = case.completion if case.equal else case.completion // 4
+        return int(torch.randint(low, case.completion + 1, (), generator=generator))
+
+    prompts = [ids(case.prompt) for _ in range(case.groups * case.updates)]
+    completions = [[ids(length()) for _ in range(case.group_size)] for _ in prompts]
+    flat = {text_of(prompt) for number, prompt in enumerate(prompts) if number % case.groups < case.flat}
+    return Data(prompts, completions, flat)
+
+
+class Clock(TrainerCallback):
+    """Waits for a line before each rollout, and answers when its last optimizer step has been taken."""
+
+    def __init__(self, case: Case, gradient: Path):
+        self.case, self.gradient = case, gradient
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what the trainers print is no answer
+        self.tokens = 0
+        self.start = (0.0, 0.0)
+
+    def wait(self) -> None:
+        """Until the next line; the end of the lines ends the process."""
+        if not sys.stdin.readline():
+            os._exit(0)
+        self.tokens, self.start = 0, (time.perf_counter(), time.process_time())
+
+    def restart(self) -> None:
+        """Sampling is over."""
+        self.start = (time.perf_counter(), time.process_time())
+
+    def count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """A forward hook of the policy's decoder."""
+        self.tokens += kwargs["input_ids"].numel()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the first gradient."""
+        if state.global_step == 0:
+            parts = {
+                name.removeprefix("module."): p.grad for name, p in kwargs["model"].named_parameters() if p.requires_grad
+            }
+            torch.save(torch.cat([parts[name].flatten() for name in sorted(parts)]), self.gradient)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Answer with what an optimizer step took; the peak is the process's own, in MiB."""
+        if state.global_step % self.case.updates == 0:
+            wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
+            measured = {"wall_s": wall, "cpu_s": cpu, "tokens_forwarded": self.tokens}
+            answer = {name: value / self.case.updates for name, value in measured.items()} | {"peak_mib": peak_mib()}
+            print(json.dumps(answer), file=self.answers, flush=True)
+
+
+def peak_mib() -> float:
+    """The most memory that this process has held (not ru_maxrss, which starts at the parent's)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
+
+
+class Replay:
+    """An Engine whose samples are the case's completions."""
+
+    def __init__(self, data: Data, clock: Clock):
+        self.completions = {tuple(ids): made for ids, made in zip(data.prompts, data.completions, strict=True)}
+        self.clock = clock
+
+    def sync_weights(self) -> None:
+        """Nothing to do."""
+
+    def abort(self) -> None:
+        """Nothing to do."""
+
+    def sample(
+        self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Any
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """The completions, when the clock allows."""
+        self.clock.wait()
+        for number, ids in enumerate(prompts):
+            yield number, [Completion(made, truncated=True) for made in self.completions[tuple(ids)]]
+
+
+def settings_of(case: Case, folder: str, **more: Any) -> dict[str, Any]:
+    """What both trainers are told, in the words that they share."""
+    accumulation = case.groups * case.group_size // case.rows
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": case.rows,
+        "gradient_accumulation_steps": accumulation,
+        "steps_per_generation": accumulation * case.updates,
+        "num_generations": case.group_size,
+        "max_completion_length": case.completion,
+        "beta": case.beta,
+        "learning_rate": 1e-6,
+        "max_steps": 1_000_000,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "shuffle_dataset": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    } | more
+
+
+def load_policy(case: Case, model: str) -> Any:
+    """The path itself, or a model with an adapter whose random weights are the same on all sides."""
+    if not case.lora:
+        return model
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
+
+
+def rows_of(case: Case, data: Data) -> Any:
+    """The data set; many rows, since an epoch has an end."""
+    from datasets import Dataset
+
+    return Dataset.from_list([{"prompt": text_of(ids)} for ids in data.prompts] * 100)
+
+
+def trl_trainer(case: Case, model: str, folder: str, data: Data, clock: Clock) -> Any:
+    """TRL's GRPOTrainer with its defaults, but for what Case and settings_of say."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from trl import GRPOConfig, GRPOTrainer
+
+    by_prompt = {text_of(ids): (ids, made) for ids, made in zip(data.prompts, data.completions, strict=True)}
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        clock.wait()
+        numbers = [number % case.group_size for number in range(len(prompts))]
+        return {
+            "prompt_ids": [by_prompt[prompt][0] for prompt in prompts],
+            "completion_ids": [by_prompt[prompt][1][number] for prompt, number in zip(prompts, numbers, strict=True)],
+            "logprobs": None,
+        }
+
+    return GRPOTrainer(
+        model=load_policy(case, model),
+        reward_funcs=data.reward,
+        args=GRPOConfig(**settings_of(case, folder)),
+        train_dataset=rows_of(case, data),
+        processing_class=make_tokenizer(case.vocabulary),
+        callbacks=[clock],
+        rollout_func=rollout,
+    )
+
+
+def our_trainer(case: Case, model: str, folder: str, data: Data, clock: Clock, layout: str = "packed") -> Any:
+    """grpo_hf's with its defaults, and a token budget of one packed group, or of as many padded rows as TRL's."""
+    from grpo_hf import GRPOConfig, GRPOTrainer
+
+    group = case.prompt + case.group_size * case.completion
+    settings = {
+        "token_layout": layout,
+        "tokens_per_microbatch": group if layout == "packed" else case.rows * (case.prompt + case.completion),
+        "save_rollouts": False,
+        "write_report": False,
+    }
+    trainer = GRPOTrainer(
+        model=load_policy(case, model),
+        reward_funcs=data.reward,
+        args=GRPOConfig(**settings_of(case, folder, **settings)),
+        train_dataset=rows_of(case, data),
+        processing_class=make_tokenizer(case.vocabulary),
+        callbacks=[clock],
+    )
+    trainer.sampler.engine = Replay(data, clock)
+    return trainer
+
+
+def padded_trainer(*args: Any) -> Any:
+    """grpo_hf's with one padded row a completion, and the same fused head."""
+    return our_trainer(*args, layout="padded")
+
+
+SIDES: dict[str, Callable[..., Any]] = {"trl": trl_trainer, "padded": padded_trainer, "grpo_hf": our_trainer}
+"""The sides by name, slowest first."""
+
+
+class Worker:
+    """A side in a process of its own."""
+
+    def __init__(self, side: str, case: Case, *, model: Path, folder: Path):
+        self.gradient = folder / f"{side}.pt"
+        spec = {"side": side, "case": asdict(case), "model": str(model), "folder": str(folder)}
+        self.log = (folder / f"{side}.log").open("w+")
+        self.process = subprocess_of(spec, self.log)
+
+    def step(self) -> dict[str, float]:
+        """Let it train on one rollout, and wait for what that took."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.log.seek(0)
+            raise RuntimeError(self.log.read()[-3000:])
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.communicate()
+        self.log.close()
+
+
+def subprocess_of(spec: dict[str, Any], log: Any) -> Any:
+    """This module as a process that is spoken to line by line."""
+    import subprocess
+
+    command = [sys.executable, "-m", "benchmarks.sides", json.dumps(spec)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+
+
+def main() -> None:
+    """A worker."""
+    spec = json.loads(sys.argv[1])
+    case, folder = Case(**spec["case"]), Path(spec["folder"])
+    data = make_data(case)
+    clock = Clock(case, folder / f"{spec['side']}.pt")
+    trainer = SIDES[spec["side"]](case, spec["model"], str(folder / spec["side"]), data, clock)
+    decoder = trainer.model.get_decoder() if not case.lora else trainer.model.get_base_model().get_decoder()
+    decoder.register_forward_pre_hook(clock.count, with_kwargs=True)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()

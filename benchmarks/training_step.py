@@ -1,0 +1,134 @@
+"""The training phase beside TRL's GRPOTrainer: `python -m benchmarks.training_step`.
+
+Everything between sampling and the end of the optimizer step, in float32 on this machine's CPU, without gradient
+checkpointing: TRL with its defaults, our packed layout, and our padded layout with the same fused head ("padded"), which
+says what is left where TRL's head is not what holds it back. Every side is a real trainer in a fresh process of its own
+(sides.py); all are given the same completions and rewards, their first gradients are compared (cosine above 0.9999, or
+the command ends), and then they take turns. The first step, in which the optimizer makes its state, is not counted.
+
+Every case's figures are written to benchmarks/results/training_step.json as soon as they are there, beside those of the
+cases that are not measured this time; then come the table and benchmarks/results/training_step.png.
+Needs `pip install trl==1.16.0`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.sides import SIDES, Case, Worker, make_model, make_tokenizer
+
+CASES = {
+    "192 / 64, equal lengths": Case(192, 64, equal=True),
+    "512 / 128": Case(512, 128),
+    "128 / 512": Case(128, 512),
+    "2,048 / 64": Case(2048, 64, rows=4),
+    "512 / 128, half without signal": Case(512, 128, flat=2),
+    "192 / 64, equal, KL": Case(192, 64, equal=True, beta=0.04),
+    "192 / 64, equal, LoRA": Case(192, 64, equal=True, lora=True),
+    "192 / 64, equal, two updates": Case(192, 64, equal=True, updates=2),
+}
+"""Prompt / completion tokens. An update has 4 groups of 8 completions."""
+
+LEAST_COSINE = 0.9999
+RESULTS = Path(__file__).parent / "results" / "training_step.json"
+
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """Medians over the rounds, their spread, each side's first gradient against ours, and what TRL and padding cost."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(case.vocabulary).save_pretrained(folder / "model")
+        make_tokenizer(case.vocabulary).save_pretrained(folder / "model")
+        workers = {side: Worker(side, case, model=folder / "model", folder=folder) for side in SIDES}
+        for worker in workers.values():
+            worker.step()
+        gradients = {side: torch.load(worker.gradient).double() for side, worker in workers.items()}
+        cosines = {side: torch.cosine_similarity(g, gradients["grpo_hf"], dim=0).item() for side, g in gradients.items()}
+        if min(cosines.values()) < LEAST_COSINE:
+            raise SystemExit(f"the sides do not take the same step: cosines of their gradients with ours {cosines}")
+        rounds = [{side: worker.step() for side, worker in workers.items()} for _ in range(repeats)]
+        for worker in workers.values():
+            worker.close()
+    result: dict[str, Any] = {"case": asdict(case), "repeats": repeats}
+    for side in SIDES:
+        values = {name: [answers[side][name] for answers in rounds] for name in rounds[0][side]}
+        result[side] = {name: statistics.median(value) for name, value in values.items()} | {
+            "wall_spread_s": [min(values["wall_s"]), max(values["wall_s"])],
+            "peak_mib": max(values["peak_mib"]),
+            "cosine": cosines[side],
+        }
+    for side in ("trl", "padded"):
+        result[f"{side}_over_grpo_hf"] = {
+            name: statistics.median(answers[side][name] / answers["grpo_hf"][name] for answers in rounds)
+            for name in ("wall_s", "cpu_s", "tokens_forwarded")
+        } | {"peak_mib": result[side]["peak_mib"] / result["grpo_hf"]["peak_mib"]}
+    return result
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line a case."""
+    lines = [
+        f"{'':31}{'seconds a step':^24}{'TRL / ours':^29}{'padded / ours':^29}",
+        f"{'prompt / completion':31}{'TRL':>8}{'padded':>8}{'ours':>8}"
+        + 2 * f"{'time':>8}{'cpu':>7}{'tokens':>7}{'peak':>7}",
+    ]
+    for name, result in results.items():
+        line = f"{name:31}" + "".join(f"{result[side]['wall_s']:8.2f}" for side in SIDES)
+        for side in ("trl", "padded"):
+            ratios = result[f"{side}_over_grpo_hf"]
+            line += (
+                f"{ratios['wall_s']:8.2f}{ratios['cpu_s']:7.2f}{ratios['tokens_forwarded']:7.2f}{ratios['peak_mib']:7.2f}"
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Times and peaks of TRL and the padded layout, as multiples of ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.6 * len(results) + 1.5), sharey=True, layout="constrained")
+    for axis, quantity, title in zip(axes, ("wall_s", "peak_mib"), ("time of a step", "peak memory"), strict=True):
+        for shift, side, label in ((-0.2, "trl", "TRL"), (0.2, "padded", "padded, our head")):
+            ratios = [result[f"{side}_over_grpo_hf"][quantity] for result in results.values()]
+            bars = axis.barh([place + shift for place in range(len(ratios))], ratios, height=0.38, label=label)
+            axis.bar_label(bars, fmt="%.1f", padding=2)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set(title=f"{title}, as a multiple of grpo_hf's", yticks=range(len(results)), yticklabels=list(results))
+    axes[0].invert_yaxis()
+    axes[1].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure, write, show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", choices=CASES, help="this one only; may be given again")
+    parser.add_argument("--repeats", type=int, default=3, help="counted rounds")
+    args = parser.parse_args()
+    written = json.loads(RESULTS.read_text())["cases"] if RESULTS.exists() else {}
+    setting = {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "peft")}
+    setting |= {"threads": torch.get_num_threads(), "weights": sum(p.numel() for p in make_model().parameters())}
+    for name in args.case or CASES:
+        written[name] = measure(CASES[name], args.repeats)
+        print(table({name: written[name]}), flush=True)
+        ordered = {name: written[name] for name in CASES if name in written}
+        RESULTS.write_text(json.dumps({"setting": setting, "cases": ordered}, indent=1) + "\n")
+    print(f"\n{table(ordered)}")
+    plot(ordered, RESULTS.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
