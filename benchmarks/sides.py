@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from grpo_hf.types import Completion
+from grpo_hf.types import Completion, Group, Prompt
 
 VOCABULARY, GROUP_SIZE = 32_000, 8
 
@@ -54,24 +54,30 @@ class Case:
     """Train an adapter of rank 16 on every linear layer."""
     vocabulary: int = VOCABULARY
     """Of the model."""
+    hidden: int = 256
+    """Of the model: its width."""
+    layers: int = 26
+    """Of the model."""
+    injected: bool = True
+    """Completions are given; False: each side samples its own, all of the whole length, and the clock runs meanwhile."""
 
 
-def make_model(vocabulary: int = VOCABULARY, *, hidden: int = 256, layers: int = 26) -> Qwen2ForCausalLM:
-    """40 million random weights: Qwen2.5's proportions (hidden to intermediate 3 : 16, heads of 64, few of keys and values),
-    a fifth of them in tied embeddings, as in SmolLM2-135M and Llama-3.2-1B."""
+def make_model(case: Case) -> Qwen2ForCausalLM:
+    """Random weights, 40 million unless the case says otherwise: Qwen2.5's proportions (hidden to intermediate 3 : 16, heads
+    of 64, few of keys and values), with a fifth of them in tied embeddings, as in SmolLM2-135M and Llama-3.2-1B."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=hidden * 16 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 384),
+        vocab_size=case.vocabulary,
+        hidden_size=case.hidden,
+        intermediate_size=case.hidden * 16 // 3,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.hidden // 64,
+        num_key_value_heads=1,
         tie_word_embeddings=True,
         max_position_embeddings=8192,
         bos_token_id=None,
-        eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 2,
+        eos_token_id=case.vocabulary - 1,
+        pad_token_id=case.vocabulary - 2,
     )
     return Qwen2ForCausalLM(config)
 
@@ -125,11 +131,21 @@ def make_data(case: Case) -> Data:
     return Data(prompts, completions, flat)
 
 
+def groups_of(data: Data) -> list[Group]:
+    """The data as groups, without rewards."""
+    return [
+        Group(Prompt(ids, "", {}, number), [Completion(made, truncated=True) for made in completions])
+        for number, (ids, completions) in enumerate(zip(data.prompts, data.completions, strict=True))
+    ]
+
+
 class Clock(TrainerCallback):
-    """Waits for a line before each rollout, and answers when its last optimizer step has been taken."""
+    """Waits for a line before each rollout, and answers when its last optimizer step has been taken; of several processes
+    the first one does, and the others wait for that."""
 
     def __init__(self, case: Case, gradient: Path):
         self.case, self.gradient = case, gradient
+        self.first = os.environ.get("RANK", "0") == "0"
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what the trainers print is no answer
         self.tokens = 0
@@ -137,13 +153,18 @@ class Clock(TrainerCallback):
 
     def wait(self) -> None:
         """Until the next line; the end of the lines ends the process."""
-        if not sys.stdin.readline():
+        if self.first and not sys.stdin.readline():
             os._exit(0)
         self.tokens, self.start = 0, (time.perf_counter(), time.process_time())
 
-    def restart(self) -> None:
-        """Sampling is over."""
-        self.start = (time.perf_counter(), time.process_time())
+    def waits_before(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, called when the clock allows."""
+
+        def late(*args: Any, **kwargs: Any) -> Any:
+            self.wait()
+            return function(*args, **kwargs)
+
+        return late
 
     def count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward hook of the policy's decoder."""
@@ -151,7 +172,7 @@ class Clock(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the first gradient."""
-        if state.global_step == 0:
+        if state.global_step == 0 and self.first:
             parts = {
                 name.removeprefix("module."): p.grad for name, p in kwargs["model"].named_parameters() if p.requires_grad
             }
@@ -159,7 +180,7 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Answer with what an optimizer step took; the peak is the process's own, in MiB."""
-        if state.global_step % self.case.updates == 0:
+        if state.global_step % self.case.updates == 0 and self.first:
             wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
             measured = {"wall_s": wall, "cpu_s": cpu, "tokens_forwarded": self.tokens}
             answer = {name: value / self.case.updates for name, value in measured.items()} | {"peak_mib": peak_mib()}
@@ -196,7 +217,7 @@ class Replay:
 
 def settings_of(case: Case, folder: str, **more: Any) -> dict[str, Any]:
     """What both trainers are told, in the words that they share."""
-    accumulation = case.groups * case.group_size // case.rows
+    accumulation = case.groups * case.group_size // case.rows // int(os.environ.get("WORLD_SIZE", "1"))
     return {
         "output_dir": folder,
         "per_device_train_batch_size": case.rows,
@@ -250,18 +271,21 @@ def trl_trainer(case: Case, model: str, folder: str, data: Data, clock: Clock) -
             "logprobs": None,
         }
 
-    return GRPOTrainer(
+    trainer = GRPOTrainer(
         model=load_policy(case, model),
         reward_funcs=data.reward,
         args=GRPOConfig(**settings_of(case, folder)),
         train_dataset=rows_of(case, data),
         processing_class=make_tokenizer(case.vocabulary),
         callbacks=[clock],
-        rollout_func=rollout,
+        rollout_func=rollout if case.injected else None,
     )
+    if not case.injected:
+        trainer._generate_and_score_completions = clock.waits_before(trainer._generate_and_score_completions)
+    return trainer
 
 
-def our_trainer(case: Case, model: str, folder: str, data: Data, clock: Clock, layout: str = "packed") -> Any:
+def our_trainer(case: Case, model: str, folder: str, data: Data, clock: Clock, layout: str = "packed", **more: Any) -> Any:
     """grpo_hf's with its defaults, and a token budget of one packed group, or of as many padded rows as TRL's."""
     from grpo_hf import GRPOConfig, GRPOTrainer
 
@@ -271,6 +295,7 @@ def our_trainer(case: Case, model: str, folder: str, data: Data, clock: Clock, l
         "tokens_per_microbatch": group if layout == "packed" else case.rows * (case.prompt + case.completion),
         "save_rollouts": False,
         "write_report": False,
+        **more,
     }
     trainer = GRPOTrainer(
         model=load_policy(case, model),
@@ -280,7 +305,10 @@ def our_trainer(case: Case, model: str, folder: str, data: Data, clock: Clock, l
         processing_class=make_tokenizer(case.vocabulary),
         callbacks=[clock],
     )
-    trainer.sampler.engine = Replay(data, clock)
+    if case.injected:
+        trainer.sampler.engine = Replay(data, clock)
+    else:
+        trainer.stream.make = clock.waits_before(trainer.stream.make)
     return trainer
 
 
@@ -289,45 +317,23 @@ def padded_trainer(*args: Any) -> Any:
     return our_trainer(*args, layout="padded")
 
 
-SIDES: dict[str, Callable[..., Any]] = {"trl": trl_trainer, "padded": padded_trainer, "grpo_hf": our_trainer}
-"""The sides by name, slowest first."""
+def vllm_trainer(*args: Any) -> Any:
+    """grpo_hf's with vLLM in its process."""
+    return our_trainer(*args, use_vllm=True)
 
 
-class Worker:
-    """A side in a process of its own."""
-
-    def __init__(self, side: str, case: Case, *, model: Path, folder: Path):
-        self.gradient = folder / f"{side}.pt"
-        spec = {"side": side, "case": asdict(case), "model": str(model), "folder": str(folder)}
-        self.log = (folder / f"{side}.log").open("w+")
-        self.process = subprocess_of(spec, self.log)
-
-    def step(self) -> dict[str, float]:
-        """Let it train on one rollout, and wait for what that took."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            self.log.seek(0)
-            raise RuntimeError(self.log.read()[-3000:])
-        return json.loads(answer)
-
-    def close(self) -> None:
-        """End it."""
-        self.process.communicate()
-        self.log.close()
+SIDES: dict[str, Callable[..., Any]] = {
+    "trl": trl_trainer,
+    "padded": padded_trainer,
+    "grpo_hf": our_trainer,
+    "grpo_hf_vllm": vllm_trainer,
+}
+"""Each takes the case, the model's folder, one to write to, the data and the clock."""
 
 
-def subprocess_of(spec: dict[str, Any], log: Any) -> Any:
-    """This module as a process that is spoken to line by line."""
-    import subprocess
-
-    command = [sys.executable, "-m", "benchmarks.sides", json.dumps(spec)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
+def gradient_file(folder: Path, side: str) -> Path:
+    """Where a side leaves its first gradient."""
+    return folder / f"{side}.pt"
 
 
 def main() -> None:
@@ -335,7 +341,7 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     case, folder = Case(**spec["case"]), Path(spec["folder"])
     data = make_data(case)
-    clock = Clock(case, folder / f"{spec['side']}.pt")
+    clock = Clock(case, gradient_file(folder, spec["side"]))
     trainer = SIDES[spec["side"]](case, spec["model"], str(folder / spec["side"]), data, clock)
     decoder = trainer.model.get_decoder() if not case.lora else trainer.model.get_base_model().get_decoder()
     decoder.register_forward_pre_hook(clock.count, with_kwargs=True)

@@ -15,16 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import tempfile
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.sides import SIDES, Case, Worker, make_model, make_tokenizer
+from benchmarks.side_by_side import RESULTS, measure, setting
+from benchmarks.sides import Case
 
 CASES = {
     "192 / 64, equal lengths": Case(192, 64, equal=True),
@@ -38,40 +33,8 @@ CASES = {
 }
 """Prompt / completion tokens. An update has 4 groups of 8 completions."""
 
-LEAST_COSINE = 0.9999
-RESULTS = Path(__file__).parent / "results" / "training_step.json"
-
-
-def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """Medians over the rounds, their spread, each side's first gradient against ours, and what TRL and padding cost."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_model(case.vocabulary).save_pretrained(folder / "model")
-        make_tokenizer(case.vocabulary).save_pretrained(folder / "model")
-        workers = {side: Worker(side, case, model=folder / "model", folder=folder) for side in SIDES}
-        for worker in workers.values():
-            worker.step()
-        gradients = {side: torch.load(worker.gradient).double() for side, worker in workers.items()}
-        cosines = {side: torch.cosine_similarity(g, gradients["grpo_hf"], dim=0).item() for side, g in gradients.items()}
-        if min(cosines.values()) < LEAST_COSINE:
-            raise SystemExit(f"the sides do not take the same step: cosines of their gradients with ours {cosines}")
-        rounds = [{side: worker.step() for side, worker in workers.items()} for _ in range(repeats)]
-        for worker in workers.values():
-            worker.close()
-    result: dict[str, Any] = {"case": asdict(case), "repeats": repeats}
-    for side in SIDES:
-        values = {name: [answers[side][name] for answers in rounds] for name in rounds[0][side]}
-        result[side] = {name: statistics.median(value) for name, value in values.items()} | {
-            "wall_spread_s": [min(values["wall_s"]), max(values["wall_s"])],
-            "peak_mib": max(values["peak_mib"]),
-            "cosine": cosines[side],
-        }
-    for side in ("trl", "padded"):
-        result[f"{side}_over_grpo_hf"] = {
-            name: statistics.median(answers[side][name] / answers["grpo_hf"][name] for answers in rounds)
-            for name in ("wall_s", "cpu_s", "tokens_forwarded")
-        } | {"peak_mib": result[side]["peak_mib"] / result["grpo_hf"]["peak_mib"]}
-    return result
+SIDES = ("trl", "padded", "grpo_hf")
+OUTPUT = RESULTS / "training_step.json"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -118,16 +81,14 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=CASES, help="this one only; may be given again")
     parser.add_argument("--repeats", type=int, default=3, help="counted rounds")
     args = parser.parse_args()
-    written = json.loads(RESULTS.read_text())["cases"] if RESULTS.exists() else {}
-    setting = {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "peft")}
-    setting |= {"threads": torch.get_num_threads(), "weights": sum(p.numel() for p in make_model().parameters())}
+    written = json.loads(OUTPUT.read_text())["cases"] if OUTPUT.exists() else {}
     for name in args.case or CASES:
-        written[name] = measure(CASES[name], args.repeats)
+        written[name] = measure(CASES[name], SIDES, args.repeats)
         print(table({name: written[name]}), flush=True)
-        ordered = {name: written[name] for name in CASES if name in written}
-        RESULTS.write_text(json.dumps({"setting": setting, "cases": ordered}, indent=1) + "\n")
-    print(f"\n{table(ordered)}")
-    plot(ordered, RESULTS.with_suffix(".png"))
+        written = {name: written[name] for name in CASES if name in written}
+        OUTPUT.write_text(json.dumps({"setting": setting(), "cases": written}, indent=1) + "\n")
+    print(f"\n{table(written)}")
+    plot(written, OUTPUT.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""Sides that take turns: starts a process for each (sides.py), compares their gradients, and sums up what they took."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.sides import Case, gradient_file, make_model, make_tokenizer
+
+LEAST_COSINE = 0.9999
+RESULTS = Path(__file__).parent / "results"
+TWO_PROCESSES = Path(__file__).parents[1] / "accelerate_configs" / "cpu_2proc.yaml"
+
+
+class Worker:
+    """A side in a process of its own, or in two."""
+
+    def __init__(self, side: str, case: Case, *, model: Path, folder: Path, processes: int = 1):
+        spec = json.dumps({"side": side, "case": asdict(case), "model": str(model), "folder": str(folder)})
+        launch = ["accelerate.commands.launch", "--config_file", str(TWO_PROCESSES), "-m"] if processes == 2 else []
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        threads = {"OMP_NUM_THREADS": "1"} if processes == 2 else {}
+        self.log = (folder / f"{side}.log").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *launch, "benchmarks.sides", spec],
+            stderr=self.log,
+            env=os.environ | threads | {"HF_HUB_OFFLINE": "1"},
+            **pipes,
+        )
+
+    def step(self) -> dict[str, float]:
+        """Let it take the steps of one rollout; what one step took."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.log.seek(0)
+            raise RuntimeError(f"a side ended: {self.log.read()[-3000:]}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.communicate()
+        self.log.close()
+
+
+def measure(case: Case, sides: Sequence[str], repeats: int, *, processes: int = 1) -> dict[str, Any]:
+    """Medians over rounds of all sides, after a first one that is not counted, and every other side over the last."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(case).save_pretrained(folder / "model")
+        make_tokenizer(case.vocabulary).save_pretrained(folder / "model")
+        workers = {side: Worker(side, case, model=folder / "model", folder=folder, processes=processes) for side in sides}
+        for worker in workers.values():
+            worker.step()
+        cosines = compare_gradients(folder, sides) if case.injected else {}
+        rounds = [{side: worker.step() for side, worker in workers.items()} for _ in range(repeats)]
+        for worker in workers.values():
+            worker.close()
+    result: dict[str, Any] = {"case": asdict(case), "repeats": repeats}
+    for side in sides:
+        values = {name: [answers[side][name] for answers in rounds] for name in rounds[0][side]}
+        result[side] = {name: statistics.median(value) for name, value in values.items()} | {
+            "wall_spread_s": [min(values["wall_s"]), max(values["wall_s"])],
+            "peak_mib": max(values["peak_mib"]),
+        }
+        if side in cosines:
+            result[side]["cosine"] = cosines[side]
+    ours = sides[-1]
+    for side in sides[:-1]:
+        result[f"{side}_over_{ours}"] = {
+            name: statistics.median(answers[side][name] / answers[ours][name] for answers in rounds)
+            for name in ("wall_s", "cpu_s", "tokens_forwarded")
+        } | {"peak_mib": result[side]["peak_mib"] / result[ours]["peak_mib"]}
+    return result
+
+
+def compare_gradients(folder: Path, sides: Sequence[str]) -> dict[str, float]:
+    """Cosine of each side's first gradient with the last side's; ends the command where they do not take the same step."""
+    gradients = {side: torch.load(gradient_file(folder, side)).double() for side in sides}
+    cosines = {side: torch.cosine_similarity(g, gradients[sides[-1]], dim=0).item() for side, g in gradients.items()}
+    if min(cosines.values()) < LEAST_COSINE:
+        raise SystemExit(f"the sides do not take the same step: cosines of their gradients are {cosines}")
+    return cosines
+
+
+def setting() -> dict[str, Any]:
+    """What the figures depend on, beside the case."""
+    versions = {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "peft")}
+    return versions | {"threads": torch.get_num_threads()}
