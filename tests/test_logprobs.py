@@ -45,8 +45,10 @@ def values_and_gradients(function, head: nn.Module, parts: str = "both", **optio
     return [logprobs.detach(), entropies.detach(), *torch.autograd.grad(loss, [hidden, *weights])]
 
 
-def assert_equal_to_full_logits(head: nn.Module, parts: str = "both", rtol=1e-4, atol=1e-5, chunk=None, **options) -> None:
-    chunked = {} if chunk is None else {"logits_per_chunk": chunk * VOCAB}
+def assert_equal_to_full_logits(
+    head: nn.Module, parts: str = "both", rtol=1e-4, atol=1e-5, chunk=None, kept=0, **options
+) -> None:
+    chunked = {} if chunk is None else {"logits_per_chunk": chunk * VOCAB, "logits_kept": kept * VOCAB}
     found = values_and_gradients(head_logprobs, head, parts, **chunked, **options)
     expected = values_and_gradients(full_logits, head, parts, **options)
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
@@ -58,9 +60,10 @@ def test_values_and_gradients(parts: str, temperature: float) -> None:
     assert_equal_to_full_logits(make_head(), parts, temperature=temperature)
 
 
+@pytest.mark.parametrize("kept", [0, 10, TOKENS])
 @pytest.mark.parametrize("chunk", range(1, TOKENS + 1))
-def test_chunk_size_changes_nothing(chunk: int) -> None:
-    assert_equal_to_full_logits(make_head(), chunk=chunk, temperature=0.7)
+def test_chunks_and_what_is_kept_of_them_change_nothing(chunk: int, kept: int) -> None:
+    assert_equal_to_full_logits(make_head(), chunk=chunk, kept=kept, temperature=0.7)
 
 
 def test_bf16_autocast() -> None:
@@ -78,10 +81,12 @@ def test_bf16_weights_get_bf16_gradients() -> None:
     assert hidden.grad.dtype == head.weight.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("parts", ["logprobs", "entropy", "both"])
 @pytest.mark.parametrize("chunk", [5, TOKENS])
-def test_a_frozen_head_gets_no_gradient(chunk: int) -> None:
+def test_a_frozen_head_gets_no_gradient(chunk: int, parts: str, temperature: float) -> None:
     head = make_head().requires_grad_(False)
-    assert_equal_to_full_logits(head, chunk=chunk)
+    assert_equal_to_full_logits(head, parts, chunk=chunk, kept=1, temperature=temperature)
     logprobs, _ = head_logprobs(*make_tokens(), head)
     logprobs.sum().backward()
     assert head.weight.grad is None
@@ -139,7 +144,7 @@ HEADS = pytest.mark.parametrize("head", [make_head, lambda: make_head(bias=True)
 @HEADS
 def test_full_logits_are_never_made(head) -> None:
     """Neither forward nor backward makes a tensor of tokens x vocabulary; the plain way shows that it would be seen."""
-    largest = largest_tensor(head_logprobs, head(), logits_per_chunk=2 * VOCAB)
+    largest = largest_tensor(head_logprobs, head(), logits_per_chunk=2 * VOCAB, logits_kept=5 * VOCAB)
     assert largest == max(DIM * VOCAB, TOKENS * DIM, 2 * VOCAB)
     assert largest_tensor(full_logits, head()) == TOKENS * VOCAB > 2 * largest
 
@@ -152,8 +157,19 @@ def saved_for_backward(function, head: nn.Module, **options) -> int:
     return sum(tensor.numel() for tensor in kept.values())
 
 
+@pytest.mark.parametrize("kept", [0, 5, 6])
 @HEADS
-def test_no_chunk_of_logits_is_kept_for_backward(head) -> None:
+def test_no_more_logits_are_kept_for_backward_than_asked_for(head, kept: int) -> None:
     weights = sum(parameter.numel() for parameter in head().parameters())
-    assert saved_for_backward(head_logprobs, head(), logits_per_chunk=2 * VOCAB) <= weights + TOKENS * (DIM + 8)
+    saved = saved_for_backward(head_logprobs, head(), logits_per_chunk=2 * VOCAB, logits_kept=kept * VOCAB)
+    assert saved <= weights + TOKENS * (DIM + 8) + kept // 2 * 2 * VOCAB
     assert saved_for_backward(full_logits, head()) > weights + TOKENS * VOCAB
+
+
+def test_a_frozen_head_leaves_a_vector_a_token_and_makes_nothing_again() -> None:
+    head = make_head().requires_grad_(False)
+    assert saved_for_backward(head_logprobs, head) <= head.weight.numel() + TOKENS * (2 * DIM + 8)
+    logprobs, _ = head_logprobs(*make_tokens(), head)
+    with LargestTensor() as recorded:
+        logprobs.sum().backward()
+    assert recorded.largest == TOKENS * DIM
