@@ -163,6 +163,7 @@ def main() -> None:
     if args.settings.get("use_vllm"):
         import vllm  # noqa: F401  the attempts find it imported
     whole, killed, steps = args.folder / "whole", args.folder / "killed", (BASE | args.settings)["max_steps"]
+    args.folder.mkdir(parents=True, exist_ok=True)
     attempt(whole, args.settings)
     generator = random.Random(args.seed)
     lives: list[str] = []

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, 
 from tests.tiny import PROMPTS, SIZES, VOCAB, WORDS, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
 RECIPE: dict[str, Any] = {
     "model_function": "tests.launched:make_model",
     "dataset_function": "tests.launched:make_data",
@@ -98,7 +98,7 @@ def launched(folder: Path, config: str, *, machines: int = 1, processes: int | N
             launcher.terminate()
     texts = [log.read_text() for log in logs]
     if any(codes):
-        raise RuntimeError("\n".join(texts))
+        raise RuntimeError("".join(texts))
     return texts
 
 

@@ -183,6 +183,8 @@ class ResumableTrainer(Trainer):
         if checkpoint is None:
             return
         device = self.args.device
+        if device.type == "cpu":  # of several processes it is cpu:1, say, which torch.load does not know
+            device = torch.device("cpu")
         state = load_part(Path(checkpoint), self.peers.rank, device)
         self.stream.load_state_dict(state["stream"])
         if state.get("halved_budget"):
