@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,24 +76,33 @@ class Death:
             os.kill(os.getpid(), getattr(signal, self.how))
 
 
+def write_recipe(folder: Path, **settings: Any) -> Path:
+    """The tiny recipe with these settings, of a run in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(json.dumps(RECIPE | {"output_dir": str(folder)} | settings))
+    return folder / "recipe.yaml"
+
+
 def launched(folder: Path, config: str, *, machines: int = 1, processes: int | None = None, **settings: Any) -> list[str]:
     """Run the recipe in ``folder`` under one of accelerate_configs, by one launcher or by one for each of several "machines"
     that meet on the loopback; what each launcher and its processes have said. Raises RuntimeError when one fails."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(json.dumps(RECIPE | {"output_dir": str(folder)} | settings))
+    recipe = write_recipe(folder, **settings)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
-    command += ["--main_process_port", str(free_port())]
+    port = free_port()
+    command += ["--main_process_port", str(port)]
     if processes is not None:
         command += ["--num_processes", str(processes)]
     if machines > 1:
         command += ["--num_machines", str(machines), "--main_process_ip", "127.0.0.1", "--rdzv_backend", "c10d"]
     launchers, logs = [], [folder / f"launcher-{rank}.log" for rank in range(machines)]
     for rank, log in enumerate(logs):
-        place = ["--machine_rank", str(rank), "recipes/train.py", str(folder / "recipe.yaml")]
+        place = ["--machine_rank", str(rank), "recipes/train.py", str(recipe)]
         with log.open("w") as said:
             launchers.append(subprocess.Popen([*command, *place], cwd=ROOT, env=ENVIRONMENT, stdout=said, stderr=said))
+        while rank < machines - 1 and is_free(port) and launchers[0].poll() is None:
+            time.sleep(0.1)  # the first launcher wants the port for itself, and the others to come later
     try:
-        codes = [launcher.wait(timeout=300) for launcher in launchers]
+        codes = [launcher.wait(timeout=150) for launcher in launchers]
     finally:
         for launcher in launchers:
             launcher.terminate()
@@ -107,6 +117,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def is_free(port: int) -> bool:
+    """Whether nothing listens on it."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def logged(folder: Path, name: str) -> list[float]:

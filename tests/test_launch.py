@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from grpo_hf.cli.train import main
 from tests.killed_run import metrics, samples
-from tests.launched import launched, logged
+from tests.launched import launched, logged, write_recipe
 from tests.runs import same
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "num_iterations": 2}
 LORA = {"use_peft": True, "beta": 0.1}
-FAILURE = "RuntimeError: this process was told to fail"
+FAILURE = r"(?s)rank +: 1 .*traceback : .*RuntimeError: this process was told to fail"
 
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install deepspeed")
 
@@ -35,7 +36,7 @@ def test_a_run_that_loses_a_process_goes_on(
 ) -> None:
     settings = SAVING | settings
     alone, whole, killed = (tmp_path / name for name in ("alone", "whole", "killed"))
-    launched(alone, "single", **settings, per_device_train_batch_size=16)
+    main([str(write_recipe(alone, **settings, per_device_train_batch_size=16))])
     launched(whole, **way | {"machines": 1}, **settings)
     with pytest.raises(RuntimeError, match=said):
         launched(killed, **way, **settings, model_options={"dies": death(how)})
