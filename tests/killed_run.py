@@ -2,18 +2,22 @@
 
     python -m tests.killed_run FOLDER --kills 20 --seed 0 --settings '{"beta": 0.1}'
 
-Every attempt is a process of its own, forked from one that has only imported. Prints how many steps each attempt took.
+Every attempt is a process of its own, forked from one that has only imported. Prints the steps that each attempt took, and
+where it was when it was killed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
 import sys
 import time
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +42,30 @@ BASE: dict[str, Any] = {
 }
 
 
-class Moments(TrainerCallback):
-    """Says how far the run is, at several places of each step."""
+class Places(TrainerCallback):
+    """Says, at every place of a step, how many steps are finished and which place it is."""
 
     def __init__(self, pipe: int):
-        self.pipe = pipe
+        self.pipe, self.steps = pipe, 0
 
-    def say(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the number of finished steps."""
-        os.write(self.pipe, bytes([state.global_step]))
+    def watch(self, trainer: Any) -> None:
+        """Hear of the trainer's phases, and of its checkpoints."""
+        phase, save = trainer.metrics.phase, trainer._save_checkpoint
+        trainer.metrics.phase = lambda name: (self.say(name), phase(name))[1]
+        trainer._save_checkpoint = lambda *args: (self.say("checkpoint"), save(*args), self.say("between updates"))[1]
 
-    on_train_begin = on_step_begin = on_pre_optimizer_step = on_step_end = on_save = say
+    def say(self, place: str) -> None:
+        """Write it."""
+        os.write(self.pipe, f"{self.steps} {place}\n".encode())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The first place."""
+        self.steps = state.global_step
+        self.say("between updates")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count it."""
+        self.steps = state.global_step
 
 
 def train(folder: Path, settings: dict[str, Any], pipe: int) -> None:
@@ -63,13 +80,15 @@ def train(folder: Path, settings: dict[str, Any], pipe: int) -> None:
     else:
         model = tiny_model()
         model.generation_config.eos_token_id = list(range(77, 97))
-    trainer = tiny_trainer(folder, model=model, peft_config=lora, callbacks=[Moments(pipe)], **settings)
+    places = Places(pipe)
+    trainer = tiny_trainer(folder, model=model, peft_config=lora, callbacks=[places], **settings)
+    places.watch(trainer)
     trainer.train(resume_from_checkpoint="auto")
     torch.save(trainer.model.state_dict(), folder / "final.pt")
 
 
-def attempt(folder: Path, settings: dict[str, Any], generator: random.Random | None) -> list[int]:
-    """One process: the finished steps at every moment. With a generator it is killed somewhere after one of them."""
+def attempt(folder: Path, settings: dict[str, Any], generator: random.Random | None = None, most: int = 0) -> list[str]:
+    """One process: every place that it has come to. With a generator it is killed after one of the first ``most``."""
     here, there = os.pipe()
     child = os.fork()
     if child == 0:
@@ -87,19 +106,25 @@ def attempt(folder: Path, settings: dict[str, Any], generator: random.Random | N
             sys.stderr.flush()
             os._exit(status)
     os.close(there)
-    moments: list[int] = []
-    last_one, times = generator.randint(1, 16) if generator else sys.maxsize, [time.monotonic()]
-    while len(moments) < last_one and (moment := os.read(here, 1)):
-        moments += moment
-        times.append(time.monotonic())
-    if generator and len(moments) == last_one:
-        time.sleep(generator.uniform(0, min(times[-1] - times[-2], 1.0)))
-        os.kill(child, signal.SIGKILL)
+    last_one, places = generator.randint(1, most) if generator else sys.maxsize, []
+    with os.fdopen(here, "rb", buffering=0) as pipe:
+        while len(places) < last_one and (place := pipe.readline().decode()):
+            places.append((time.monotonic(), place.strip()))
+        if generator and len(places) == last_one:
+            time.sleep(generator.uniform(0, SECONDS.get(places[-1][1].split(maxsplit=1)[1], 0.0)))
+            os.kill(child, signal.SIGKILL)
+        rest = pipe.read().decode().splitlines()
     _, status = os.waitpid(child, 0)
-    os.close(here)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
         raise RuntimeError(folder.with_suffix(".log").read_text()[-3000:])
-    return moments
+    for (start, place), (end, _) in pairwise(places):
+        name = place.split(maxsplit=1)[1]
+        SECONDS[name] = min(SECONDS.get(name, math.inf), end - start)
+    return [place for _, place in places] + rest
+
+
+SECONDS: dict[str, float] = {}
+"""What each place has taken at the least."""
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -140,18 +165,23 @@ def main() -> None:
     if args.settings.get("use_vllm"):
         import vllm  # noqa: F401  the attempts find it imported
     whole, killed, steps = args.folder / "whole", args.folder / "killed", (BASE | args.settings)["max_steps"]
-    attempt(whole, args.settings, None)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    attempt(whole, args.settings)
     generator = random.Random(args.seed)
     lives: list[str] = []
-    for _ in range(args.kills):
-        moments = attempt(killed, args.settings, generator)
-        lives.append(f"{moments[0]}-{moments[-1]}")
-        if moments[-1] == steps:
-            break
-    if not (killed / "final.pt").exists():
-        attempt(killed, args.settings, None)
+    places: Counter[str] = Counter()
+    finished = 0
+    for number in range(args.kills):
+        # Each life is short enough for the later ones to have something left of the run: four places a step, or more.
+        life = attempt(killed, args.settings, generator, max(1, 4 * (steps - finished) // (args.kills - number)))
+        finished, place = int(life[-1].split()[0]), life[-1].split(maxsplit=1)[1]
+        lives.append(f"{life[0].split()[0]}-{finished}")
+        places[place] += 1
+    assert not (killed / "final.pt").exists(), "the run has ended before the last kill"
+    attempt(killed, args.settings)
     found = differences(whole, killed)
-    print(f"{len(lives)} kills, in the steps {', '.join(lives)} of {steps}; differences: {found or 'none'}")
+    where = ", ".join(f"{count} in {place}" for place, count in places.items())
+    print(f"{len(lives)} kills, in the steps {', '.join(lives)} of {steps} ({where}); differences: {found or 'none'}")
     sys.exit(bool(found))
 
 

@@ -101,6 +101,12 @@ def test_another_run_is_refused_before_it_starts(saved: Path, change: dict[str, 
     assert trainer.state.global_step == 0
 
 
+def test_another_number_of_processes_is_refused_with_how_to_start_as_many(saved: Path) -> None:
+    written = run_of(saved / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"number of processes 2 -> 1; start it with .*--num_processes 2\..*a new run"):
+        check_same_run(written | {"number of processes": 2}, written, "it")
+
+
 def test_what_is_changed_on_purpose_is_said(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = tiny_trainer(tmp_path, max_steps=5, tokens_per_microbatch=64, logging_steps=2, learning_rate=5e-4)
     trainer.train(resume_from_checkpoint=str(saved / "checkpoint-4"))

@@ -101,7 +101,8 @@ def test_the_reward_rises(tmp_path: Path, lora: bool) -> None:
 
 
 def test_two_processes_sample_and_train_as_one(tmp_path: Path) -> None:
-    check_two_processes(tmp_path)
+    """An engine in each, whose weights are put together from both; the server's test has whole ones."""
+    check_two_processes(tmp_path, "cpu_fsdp2_2proc")
 
 
 def test_the_recipe_that_make_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +127,9 @@ def test_killed_at_random_moments_it_is_the_same_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
-def check_two_processes(folder: Path, **settings: Any) -> None:
+def check_two_processes(folder: Path, config: str = "cpu_2proc", **settings: Any) -> None:
     """The same samples as those of one and, up to the order of sums, the same gradient."""
-    launch = ["accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2proc.yaml", "--main_process_port", "0"]
+    launch = ["accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml", "--main_process_port", "0"]
     command = [sys.executable, "-m", *launch, "-m", "tests.test_vllm_training", str(folder), json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]

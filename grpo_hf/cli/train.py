@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from grpo_hf.cli.data import FORMATS
 from grpo_hf.cli.recipe import RunArguments, help_text, parse
@@ -26,17 +27,19 @@ from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.trainer import GRPOTrainer
 
 
+@record  # for torchrun to show the traceback of the process that failed first
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or "--help" in arguments:
         print(help_text())
         return 0 if arguments else 2
-    run_recipe(*parse(arguments))
-    # gloo's threads abort a process that ends before they do: let go of the wrapped model, then of the process group. In a
-    # single process the group is vLLM's own, if there is one.
-    if PartialState().num_processes > 1:
-        gc.collect()
+    run, config = parse(arguments)
+    run_recipe(run, config)
+    # gloo's threads abort a process that ends before they do: let go of the wrapped model, then of the process group. vLLM
+    # in this process does the latter itself, with its engine.
+    gc.collect()
+    if PartialState().num_processes > 1 and not (config.use_vllm and config.vllm_mode == "colocate"):
         PartialState().destroy_process_group()
     return 0
 

@@ -49,14 +49,17 @@ class WeightSync:
 
     def __post_init__(self) -> None:
         check_adapter(self.model)
-        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.adapter_only = self.lora_sync == "adapter" and isinstance(self.model, PeftModel)
-        self.sharded = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters())
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are cut up, which is done when training begins."""
+        return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters())
 
     def current(self) -> Stamp:
         """The stamp of the trainer's weights as they are now. The second part also tells two runs of one trainer apart,
         whose updates are both counted from 0, and weights that were loaded by hand."""
-        return self.version(), sum(parameter._version for parameter in self._trained)
+        return self.version(), sum(parameter._version for parameter in self.model.parameters() if parameter.requires_grad)
 
     def run(self, load: Callable[[EngineWeights], None], load_adapter: Callable[[dict[str, Tensor]], None]) -> bool:
         """Give the engine what it lacks through ``load`` and ``load_adapter``; False when it lacks nothing."""

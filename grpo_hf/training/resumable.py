@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
@@ -63,6 +68,15 @@ class ResumableTrainer(Trainer):
         self._halved_budget: int | None = None
         self._run_folder_is_ours = False
         self._set_aside: Path | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's; accelerate looks for FSDP only where it has found GPUs, and would train unsharded on the CPU."""
+        state = PartialState()
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU  # until it has looked; the device stays the CPU
+        super().create_accelerator_and_postprocess()
+        if torch.distributed.is_initialized():  # and it tells gloo nothing of how long to wait for a silent process
+            _set_pg_timeout(timedelta(seconds=self.args.ddp_timeout))
 
     def _set_budget(self, tokens: int) -> None:
         """Of a micro-batch, for the rest of the run and for those that resume it."""
@@ -169,6 +183,8 @@ class ResumableTrainer(Trainer):
         if checkpoint is None:
             return
         device = self.args.device
+        if device.type == "cpu":  # of several processes it is cpu:1, say, which torch.load does not know
+            device = torch.device("cpu")
         state = load_part(Path(checkpoint), self.peers.rank, device)
         self.stream.load_state_dict(state["stream"])
         if state.get("halved_budget"):

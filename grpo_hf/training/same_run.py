@@ -39,15 +39,18 @@ SAID = (
 ).split()
 """Settings that are changed on purpose in the middle of a run: what follows is not what would have been, which is said."""
 
+PROCESSES = "number of processes"
+"""Each has samples of its own in a checkpoint."""
+
 
 def describe_run(
     args: GRPOConfig, prompts: PromptSet, rewards: list[Reward], weights: list[float], model: nn.Module
 ) -> dict[str, Any]:
     """What makes a run this run, as JSON holds it."""
-    shapes = [[name, list(p.shape), p.requires_grad] for name, p in model.named_parameters()]
+    shapes = [[name, list(getattr(p, "ds_shape", p.shape)), p.requires_grad] for name, p in model.named_parameters()]
     settings = {item.name: getattr(args, item.name) for item in fields(args) if item.name not in FREE}
     identity = settings | {
-        "number of processes": args.world_size,
+        PROCESSES: args.world_size,
         "training prompts": _digest([prompts.ids]),
         "rewards": [reward.name for reward in rewards],
         "weights of the rewards": weights,
@@ -64,6 +67,8 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str) 
         if saved.get(name) != now.get(name)
     }
     refused = [text for name, text in changes.items() if name not in SAID]
+    if PROCESSES in changes:
+        refused.append(f"start it with accelerate launch --num_processes {saved.get(PROCESSES)}")
     if refused:
         raise ValueError(
             f"{checkpoint} is of another run: {'; '.join(refused)}. Set these as they were, or start a new run from its "
