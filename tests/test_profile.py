@@ -53,7 +53,7 @@ def test_a_profiled_run_is_the_same_run(tmp_path: Path) -> None:
 
 def test_a_run_that_ends_early_leaves_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_trainer(tmp_path, max_steps=6, profile=4, callbacks=[StopAfter(2)]).train()
-    assert "profile of 1 steps: " in capsys.readouterr().err
+    assert "profile of 1 step: " in capsys.readouterr().err
     assert count(tmp_path, "time/forward_backward") == 1
 
 

@@ -62,7 +62,7 @@ class Profile(TrainerCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.profiler.export_chrome_trace(str(path))
         if state.is_world_process_zero:
-            print(f"profile of {traced} steps: {path}\n{top_operators(self.profiler)}", file=sys.stderr)
+            print(f"profile of {traced} step{'s' * (traced != 1)}: {path}\n{top_operators(self.profiler)}", file=sys.stderr)
 
 
 def top_operators(profiler: profile, count: int = TOP) -> str:
