@@ -66,13 +66,15 @@ def qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int,
 
 
 ON_GPU = (Shape(512, 1024, groups=8), Shape(4096, 512, groups=4))
+TINY = Size(qwen(64, 96, 2, 4, 2, 256, True), (Shape(12, 16, groups=2, group_size=4),), tokens_per_microbatch=128)
 SIZES = {
-    "tiny": Size(qwen(64, 96, 2, 4, 2, 256, True), (Shape(12, 16, groups=2, group_size=4),), tokens_per_microbatch=128),
+    "tiny": TINY,
+    "tiny-LoRA": replace(TINY, lora=True),
     "0.5B": Size(qwen(896, 4864, 24, 14, 2, 151_936, True), ON_GPU),
     "1.5B": Size(qwen(1536, 8960, 28, 12, 2, 151_936, True), ON_GPU),
     "7B-LoRA": Size(qwen(3584, 18_944, 28, 28, 4, 152_064, False), ON_GPU, lora=True),
 }
-"""Qwen2.5-0.5B, -1.5B and -7B, and one for a test of this file."""
+"""Qwen2.5-0.5B, -1.5B and -7B, and two to try this file on."""
 
 
 # ---- Models, data, one update
@@ -157,7 +159,7 @@ def seconds_of(function: Callable[[], Any], device: str) -> float:
 
 def check_gradients(device: str) -> dict[str, Any]:
     """Relative error of the gradient from that of padded rows with eager attention in float32, by attention and dtype."""
-    tiny = replace(SIZES["tiny"], config=qwen(128, 192, 2, 4, 2, 512, True))
+    tiny = replace(TINY, config=qwen(128, 192, 2, 4, 2, 512, True))
     model = make_model(tiny, device, initializer_range=0.1)
     groups = make_groups(Shape(40, 30, groups=3, group_size=4), 512)
     plans = {layout: plan(layout, groups, 160, device) for layout in LAYOUTS}
@@ -254,13 +256,15 @@ def measure_updates(model: Any, size: Size, shape: Shape, device: str, repeats: 
     return found
 
 
-def longest_completion(model: Any, size: Size, layout: str, whole_group: bool, longest: int) -> dict[str, Any]:
+def longest_completion(
+    model: Any, size: Size, layout: str, device: str, *, whole_group: bool, longest: int
+) -> dict[str, Any]:
     """The longest completions, to about a sixteenth, of a prompt of 512 tokens and a group of 8 that fit, with gradient
     checkpointing; ``whole_group``: all 8 in one micro-batch, else one, which is all that the trainer needs."""
     lm = model.get_base_model() if size.lora else model
     lm.set_attn_implementation(SHARED_PREFIX if layout == "packed" else "sdpa")
     lm.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9, fused=device == "cuda")
 
     def fits(length: int) -> bool:
         count = 8 if whole_group else 1
@@ -268,7 +272,7 @@ def longest_completion(model: Any, size: Size, layout: str, whole_group: bool, l
         groups = [Group(Prompt([1] * 512, "", {}, 0), items)]
 
         def update() -> dict[str, Any]:
-            backward(model, plan(layout, groups, 2**40, "cuda"), "cuda", torch.bfloat16)
+            backward(model, plan(layout, groups, 2**40, device), device, torch.bfloat16)
             optimizer.step()
             return {}
 
@@ -321,7 +325,7 @@ def measure_size(name: str, device: str, repeats: int, longest: int) -> dict[str
     cases = [("packed", True), ("padded", True), ("packed", False)]
     result["longest_completion"] = {
         f"{layout}, {'8 in a micro-batch' if whole else 'one a micro-batch'}": (
-            attempt(lambda: longest_completion(model, size, layout, whole, longest))  # noqa: B023
+            attempt(lambda: longest_completion(model, size, layout, device, whole_group=whole, longest=longest))  # noqa: B023
             if device == "cuda"
             else {"skipped": "a machine that runs out of memory ends the process: CUDA only"}
         )

@@ -19,7 +19,7 @@ from grpo_hf.packing.layout import packed_batch
 from tests.tiny import random_groups
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--size", "tiny", "--device", "cpu", "--repeats", "1"]
+TINY = ["--size", "tiny", "tiny-LoRA", "--device", "cpu", "--repeats", "1"]
 
 # What the benchmark needs, with what transformers and accelerate need of ours.
 NEEDED = {
@@ -71,7 +71,8 @@ def test_it_runs_without_what_only_training_needs(tmp_path: Path) -> None:
     for reason in ("FlexAttention has no backward pass on the CPU", "varlen_attn is flash attention, on CUDA only"):
         assert f"skipped: {reason}" in done.stdout
     for row in ("packed", "packed, checkpointing", "padded", "padded, checkpointing"):
-        assert re.search(rf"^  {row} +forward_backward_s .* mfu ", done.stdout, re.MULTILINE)
+        found = re.findall(rf"^  {row} +forward_backward_s .* mfu ", done.stdout, re.MULTILINE)
+        assert len(found) == 2, "all weights, and LoRA"
     assert "failed" not in done.stdout
     assert not out.exists(), "results are of GPUs"
 
@@ -92,6 +93,14 @@ def test_a_wrong_attention_fails_the_command(monkeypatch: pytest.MonkeyPatch, ca
     assert re.search(r"FAILED gradients / packed, by_block, float32: relative error \S+, more than 0.0001", shown.err)
     assert "FAILED gradients / packed, another, float32: RuntimeError: no kernel\n" in shown.err
     assert "updates" not in shown.out
+
+
+@pytest.mark.parametrize(("layout", "whole_group"), [("packed", True), ("packed", False), ("padded", True)])
+def test_the_longest_completion_is_looked_for_up_to_a_limit(layout: str, whole_group: bool) -> None:
+    """A machine without a GPU has no end that could be met safely."""
+    size = gpu.SIZES["tiny-LoRA"]
+    model = gpu.make_model(size, "cpu")
+    assert gpu.longest_completion(model, size, layout, "cpu", whole_group=whole_group, longest=512) == {"at_least": 512}
 
 
 def test_cuda_is_needed_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
