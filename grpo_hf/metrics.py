@@ -38,10 +38,12 @@ class Metrics:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds inside to time/<name>; waits for the GPU, so that the work is counted where it was asked for."""
+        """Add the seconds inside to time/<name>, which names them in a profile too; waits for the GPU, so that the work is
+        counted where it was asked for."""
         start = self._now()
         try:
-            yield
+            with torch.profiler.record_function(f"time/{name}"):
+                yield
         finally:
             self._seconds[name] += self._now() - start
 

@@ -42,7 +42,7 @@ def values(trainer: GRPOTrainer, name: str) -> list[float]:
     return [entry[name] for entry in logs(trainer)]
 
 
-OF_THE_CLOCK = ("time/", "tokens_per_second", "train_runtime", "_per_second", "/seconds/")
+OF_THE_CLOCK = ("time/", "perf/", "tokens_per_second", "train_runtime", "_per_second", "/seconds/")
 """Parts of the names of metrics that no two runs have in common."""
 
 

@@ -42,6 +42,9 @@ OUR_NAMES = {
     "time/forward_backward",
     "time/optimizer",
     "time/other",
+    "perf/tflops",
+    "perf/peak_tflops",
+    "perf/mfu",
 }
 TRAINER_NAMES = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
 

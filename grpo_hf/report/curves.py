@@ -40,6 +40,7 @@ SHARED = {
         "clip_ratio/low_mean": "low",
         "clip_ratio/high_mean": "high",
     },
+    "Forward and backward (share of the matmul peak)": {"perf/mfu": "share"},
 }
 OUTCOMES_TITLE = "Verifier calls without a score (share)"
 # Eval keys without a plot of their own: cost, spread and diagnostics.

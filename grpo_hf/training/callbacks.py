@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,23 @@ from grpo_hf.metrics import Metrics
 from grpo_hf.report import write_report
 from grpo_hf.rollout.record import keep_until
 from grpo_hf.training.checks import norm_of_weights
+from grpo_hf.training.throughput import step_line
 from grpo_hf.types import Group
 
 HEADLINE = ("reward", "frac_zero_signal_groups", "tokens_per_second", "entropy")
 """What the progress bar shows, in this order."""
 
+SECONDS_BETWEEN_LINES = 30.0
+"""Of the lines above the progress bar that say where the time went, at least."""
+
 
 class RewardProgress(ProgressCallback):
-    """Trainer's progress bar with reward, zero-signal share and speed beside it, and evaluations as lines."""
+    """Trainer's progress bar with reward, zero-signal share and speed beside it; evaluations, and now and then where the
+    time went, are lines above it."""
+
+    def __init__(self, compute_dtype: torch.dtype):
+        super().__init__()
+        self.compute_dtype, self.next_line_at = compute_dtype, 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Show the headline metrics."""
@@ -36,6 +46,9 @@ class RewardProgress(ProgressCallback):
         elif "reward" in logs:
             short = {name.removeprefix("frac_"): logs[name] for name in HEADLINE if name in logs}
             self.training_bar.set_postfix({name: f"{value:.3g}" for name, value in short.items()})
+            if (now := time.monotonic()) >= self.next_line_at:
+                self.next_line_at = now + SECONDS_BETWEEN_LINES
+                self.training_bar.write(step_line(state.global_step, logs, self.compute_dtype))
 
 
 class MetricsFile(TrainerCallback):

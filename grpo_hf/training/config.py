@@ -186,6 +186,7 @@ class GRPOConfig(TrainingArguments):
     num_completions_to_print: int | None = option(None, "How many; None: 4.")
     save_rollouts: bool = option(True, "Write every sample to <output_dir>/rollouts/*.parquet.")
     write_report: bool = option(True, "Write <output_dir>/report.html at the end.")
+    profile: int = option(0, "Trace so many steps after the first to <output_dir>/profile/, and print the top operators.")
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -355,6 +356,8 @@ class GRPOConfig(TrainingArguments):
                 None in (c.vllm_importance_sampling_clip_min, c.vllm_importance_sampling_clip_max)
                 or c.vllm_importance_sampling_clip_min <= c.vllm_importance_sampling_clip_max
             ),
+            "profile >= 0": lambda c: c.profile >= 0,
+            "profile < max_steps": lambda c: c.max_steps <= 0 or c.profile < c.max_steps,
             "epsilon >= 0": lambda c: c.epsilon >= 0,
             "epsilon_high >= 0": lambda c: c.epsilon_high is None or c.epsilon_high >= 0,
             "beta >= 0": lambda c: c.beta >= 0,

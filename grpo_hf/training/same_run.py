@@ -24,7 +24,7 @@ FREE = (
     "eval_use_gather_object batch_eval_metrics include_for_metrics prediction_loss_only per_device_eval_batch_size "
     "eval_temperature num_generations_eval do_train do_eval do_predict push_to_hub hub_model_id hub_strategy hub_token "
     "hub_private_repo hub_always_push hub_revision log_completions num_completions_to_print save_rollouts write_report "
-    "tokens_per_microbatch gradient_checkpointing gradient_checkpointing_kwargs keep_zero_signal "
+    "profile tokens_per_microbatch gradient_checkpointing gradient_checkpointing_kwargs keep_zero_signal "
     "torch_empty_cache_steps skip_memory_metrics vllm_server_base_url vllm_server_host vllm_server_port "
     "vllm_server_timeout vllm_group_port vllm_weights_folder vllm_gpu_memory_utilization vllm_enable_sleep_mode "
     "vllm_lora_sync reward_workers reward_concurrency dataloader_num_workers dataloader_pin_memory ddp_timeout "

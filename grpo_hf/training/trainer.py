@@ -61,7 +61,9 @@ from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import make_engine, make_sampling
 from grpo_hf.training.guards import GuardError, Guards, Seen, is_out_of_memory
 from grpo_hf.training.models import causal_lm, frozen_copy, is_sharded, load_config, load_model, load_tokenizer, run_inside
+from grpo_hf.training.profiling import Profile
 from grpo_hf.training.resumable import ResumableTrainer
+from grpo_hf.training.throughput import Throughput
 from grpo_hf.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -139,13 +141,16 @@ class GRPOTrainer(ResumableTrainer):
             callbacks=[
                 FiniteWeights(self._guard_weights),
                 MetricsFile(),
+                *([Profile(args.profile)] if args.profile else []),
                 *(callbacks or []),
                 *([Report()] if args.write_report else []),
             ],
             optimizers=optimizers,
         )
+        self.compute_dtype: torch.dtype = args.compute_dtype or causal_lm(self.model).dtype
+        self.throughput = Throughput(causal_lm(self.model))
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(RewardProgress())
+            self.add_callback(RewardProgress(self.compute_dtype))
         for reward in self.rewards:
             if hasattr(reward.function, "processing_class"):  # a model
                 reward.function.to(self.args.device)  # type: ignore[attr-defined]
@@ -228,6 +233,7 @@ class GRPOTrainer(ResumableTrainer):
     def get_train_dataloader(self) -> RolloutStream:  # type: ignore[override]
         """The rollout stream; rollouts and measurements that an earlier train() has left are not this one's."""
         self.stream.reset()
+        self.throughput.start(self.args.device, self.compute_dtype)
         self.metrics.reset()
         self._last_logged_step = 0
         return self.stream
@@ -474,6 +480,8 @@ class GRPOTrainer(ResumableTrainer):
             seconds = sum(value for name, value in measured.items() if name.startswith("time/"))
             measured["tokens_per_second"] = measured.get("tokens/sampled", 0.0) / seconds
             measured["num_tokens"] = self.state.num_input_tokens_seen
+            trained_for = measured.get("time/forward_backward", 0.0) * max(steps, 1)
+            measured |= self.throughput.flush(self.peers.gather, seconds=trained_for)
             logs = dict(sorted((logs | measured).items(), key=lambda item: item[0] != "reward"))
             self._last_logged_step = self.state.global_step
             rewards = [line["reward"] for line in [*self.state.log_history, logs] if "loss" in line and "reward" in line]
@@ -483,8 +491,5 @@ class GRPOTrainer(ResumableTrainer):
         self.guards.act(readings)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Forward and backward cost of an update's unique tokens: 6 * tokens * weights."""
-        if "update" not in inputs:
-            return 0
-        tokens = sum(batch.num_tokens for batch in inputs["update"].microbatches)
-        return 6 * tokens * causal_lm(self.model).num_parameters(exclude_embeddings=True)
+        """Of an update that was taken."""
+        return self.throughput.add(inputs["update"].microbatches) if "update" in inputs else 0

@@ -1,0 +1,118 @@
+"""Ways to attend over a packed row, under names that a model can be switched to, and where each of them runs.
+
+`by_block` and `flex` are grpo_hf's own; `varlen` is one call of flash attention over gathered keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import sdpa_mask
+
+from grpo_hf.packing import attention
+from grpo_hf.packing.attention import SHARED_PREFIX, ScoreRule
+from grpo_hf.types import PrefixLayout
+
+Attend = Callable[[Tensor, Tensor, Tensor, PrefixLayout, ScoreRule], Tensor]
+
+
+def varlen(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, rule: ScoreRule) -> Tensor:
+    """torch.nn.attention.varlen: a prompt is a sequence, and so is a completion, whose keys are its prompt's and its own."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if rule.softcap is not None:
+        raise ValueError(f"varlen_attn has no softcap, got {rule.softcap}")
+    if "varlen" not in layout.block_masks:
+        layout.block_masks["varlen"] = _sequences(layout)  # type: ignore[index]
+    queries, keys, cu_queries, cu_keys, max_queries, max_keys, back = layout.block_masks["varlen"]  # type: ignore[index]
+    takes = inspect.signature(varlen_attn).parameters  # they differ between torch 2.11 and 2.13
+    options: dict[str, Any] = {"scale": rule.scaling} if "scale" in takes else {}
+    if "window_size" in takes:
+        options["window_size"] = (-1 if rule.sliding_window is None else rule.sliding_window - 1, 0)
+    else:
+        options["is_causal"] = True
+    if "enable_gqa" in takes:
+        options["enable_gqa"] = True
+    else:
+        key, value = (repeat_kv(states, query.shape[1] // key.shape[1]) for states in (key, value))
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = (rearrange(s.to(dtype), "1 head time dim -> time head dim") for s in (query, key, value))
+    sizes = (cu_queries, cu_keys, max_queries, max_keys)
+    out = varlen_attn(query[queries], key[keys], value[keys], *sizes, **options)
+    return rearrange(out[back], "time head dim -> 1 head time dim")
+
+
+def _sequences(layout: PrefixLayout) -> tuple[Any, ...]:
+    """Where the queries and keys of all sequences lie, one sequence after another, and the way back."""
+    device = layout.order.device
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    for block in layout.blocks:
+        prompts, completions, real = block.prompts.cpu(), block.completions.cpu(), block.real.cpu()
+        queries += prompts
+        keys += prompts
+        for owner, places, is_real in zip(block.owner.tolist(), completions, real, strict=True):
+            queries.append(places[is_real])
+            keys.append(torch.cat([prompts[owner], places[is_real]]))
+
+    def ends(parts: list[Tensor]) -> Tensor:
+        return torch.tensor([0, *map(len, parts)]).cumsum(0).to(device, torch.int32)
+
+    flat = torch.cat(queries)
+    longest = max(map(len, queries)), max(map(len, keys))
+    return flat.to(device), torch.cat(keys).to(device), ends(queries), ends(keys), *longest, flat.argsort().to(device)
+
+
+VARIANTS: dict[str, Attend] = {
+    "by_block": lambda *args: attention.by_block(*args),
+    "flex": lambda *args: attention._flex(*args),
+    "varlen": varlen,
+}
+
+
+def why_not(variant: str, device: str, dtype: torch.dtype) -> str | None:
+    """The reason why a variant cannot train there; None where it can."""
+    if variant == "flex" and device == "cpu":
+        return "FlexAttention has no backward pass on the CPU"
+    if variant == "varlen" and find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    if variant == "varlen" and device == "cpu":
+        return "varlen_attn is flash attention, on CUDA only"
+    if variant == "varlen" and dtype == torch.float32:
+        return "varlen_attn takes float16 and bfloat16 only"
+    return None
+
+
+def register() -> Sequence[str]:
+    """Let models select `bench_<variant>`; returns the names, after the attention that training itself uses."""
+    for name, attend in VARIANTS.items():
+        AttentionInterface.register(f"bench_{name}", _as_interface(attend))
+        AttentionMaskInterface.register(f"bench_{name}", sdpa_mask)
+    return SHARED_PREFIX, *(f"bench_{name}" for name in VARIANTS)
+
+
+def _as_interface(attend: Attend) -> Callable[..., tuple[Tensor, None]]:
+    def run(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *,
+        prefix_layout: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        rule = ScoreRule(kwargs["scaling"], kwargs.get("sliding_window"), kwargs.get("softcap"))
+        out = attend(query, key, value, prefix_layout, rule)
+        return rearrange(out, "batch head time dim -> batch time head dim").contiguous(), None
+
+    return run

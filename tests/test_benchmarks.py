@@ -1,0 +1,134 @@
+"""The benchmark for a GPU: its checks and shapes run on a CPU too, and without most of what training needs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from benchmarks import gpu
+from benchmarks.attention_variants import VARIANTS, _sequences, why_not
+from grpo_hf.packing.attention import ScoreRule, attend, by_block
+from grpo_hf.packing.layout import packed_batch
+from tests.tiny import random_groups
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--size", "tiny", "tiny-LoRA", "--device", "cpu", "--repeats", "1"]
+
+# What the benchmark needs, with what transformers and accelerate need of ours.
+NEEDED = {
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "einops",
+    "jaxtyping",
+    "numpy",
+    "packaging",
+    "psutil",
+    "pyyaml",
+    "httpx",
+}
+
+WITHOUT = """
+import runpy, sys
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {hidden} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+sys.argv[1:] = {arguments}
+runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_it_runs_without_what_only_training_needs(tmp_path: Path) -> None:
+    """On a machine that has not installed this project: neither its data and verifier libraries, nor vLLM or TRL."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ours = {Requirement(text).name for text in project["dependencies"]} - NEEDED
+    hidden = {name.replace("-", "_") for name in ours} | {"vllm", "trl", "pandas"}
+    assert {"datasets", "pyarrow", "matplotlib", "pebble", "math_verify"} <= hidden
+    out = tmp_path / "gpu.json"
+    script = WITHOUT.format(hidden=hidden, arguments=[*TINY, "--out", str(out)])
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    errors = re.findall(r"(\S+, \S+, float32) +error (\S+) .* passed 1", done.stdout)
+    assert [name for name, _ in errors] == [
+        "padded, sdpa, float32",
+        "packed, shared_prefix, float32",
+        "packed, by_block, float32",
+    ]
+    assert all(0 < float(error) < 1e-5 for _, error in errors)
+    for reason in ("FlexAttention has no backward pass on the CPU", "varlen_attn is flash attention, on CUDA only"):
+        assert f"skipped: {reason}" in done.stdout
+    for row in ("packed", "packed, checkpointing", "padded", "padded, checkpointing"):
+        found = re.findall(rf"^  {row} +forward_backward_s .* mfu ", done.stdout, re.MULTILINE)
+        assert len(found) == 2, "all weights, and LoRA"
+    assert "failed" not in done.stdout
+    assert not out.exists(), "results are of GPUs"
+
+
+def test_a_wrong_attention_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing is measured then."""
+
+    def looks_away(query, key, value, layout, rule):
+        return by_block(query, key, value, layout, ScoreRule(1.001 * rule.scaling, 1, None))
+
+    def raises(*args):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setitem(VARIANTS, "by_block", looks_away)
+    monkeypatch.setitem(VARIANTS, "another", raises)
+    assert gpu.main(TINY) == 1
+    shown = capsys.readouterr()
+    assert re.search(r"FAILED gradients / packed, by_block, float32: relative error \S+, more than 0.0001", shown.err)
+    assert "FAILED gradients / packed, another, float32: RuntimeError: no kernel\n" in shown.err
+    assert "updates" not in shown.out
+
+
+@pytest.mark.parametrize(("layout", "whole_group"), [("packed", True), ("packed", False), ("padded", True)])
+def test_the_longest_completion_is_looked_for_up_to_a_limit(layout: str, whole_group: bool) -> None:
+    """A machine without a GPU has no end that could be met safely."""
+    size = gpu.SIZES["tiny-LoRA"]
+    model = gpu.make_model(size, "cpu")
+    assert gpu.longest_completion(model, size, layout, "cpu", whole_group=whole_group, longest=512) == {"at_least": 512}
+
+
+def test_cuda_is_needed_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "there is no CUDA GPU; on a CPU: --device cpu --size tiny" in capsys.readouterr().err
+
+
+def test_varlen_sequences_are_the_layout() -> None:
+    """Attention over each sequence's gathered keys, put back, is by_block."""
+    layout = packed_batch(random_groups()).prefix_layout
+    assert layout is not None
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, layout.order.numel(), 8) for _ in range(3))
+    rule = ScoreRule(0.5, None, None)
+    queries, keys, cu_queries, cu_keys, max_queries, max_keys, back = _sequences(layout)
+    parts = []
+    for number in range(len(cu_queries) - 1):
+        q, k = queries[cu_queries[number] : cu_queries[number + 1]], keys[cu_keys[number] : cu_keys[number + 1]]
+        assert len(q) <= max_queries and len(k) <= max_keys
+        if len(q):
+            parts.append(attend(query[:, :, q], key[:, :, k], value[:, :, k], rule))
+    torch.testing.assert_close(torch.cat(parts, dim=2)[:, :, back], by_block(query, key, value, layout, rule))
+
+
+def test_a_variant_runs_or_says_why_not() -> None:
+    assert {name for name in VARIANTS if why_not(name, "cuda", torch.bfloat16) is None} == set(VARIANTS)
+    assert why_not("varlen", "cuda", torch.float32) == "varlen_attn takes float16 and bfloat16 only"
+    assert why_not("by_block", "cpu", torch.float32) is None
