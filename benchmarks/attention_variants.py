@@ -1,6 +1,6 @@
 """Ways to attend over a packed row, under names that a model can be switched to, and where each of them runs.
 
-`by_block` and `flex` are grpo_hf's own; `varlen` is one call of flash attention over gathered keys.
+`by_span`, `cascade` and `flex` are grpo_hf's own; `varlen` is one call of flash attention over gathered keys.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, rule
         raise ValueError(f"varlen_attn has no softcap, got {rule.softcap}")
     if "varlen" not in layout.block_masks:
         layout.block_masks["varlen"] = _sequences(layout)  # type: ignore[index]
-    queries, keys, cu_queries, cu_keys, max_queries, max_keys, back = layout.block_masks["varlen"]  # type: ignore[index]
+    keys, *sizes = layout.block_masks["varlen"]  # type: ignore[index]
     takes = inspect.signature(varlen_attn).parameters  # they differ between torch 2.11 and 2.13
     options: dict[str, Any] = {"scale": rule.scaling} if "scale" in takes else {}
     if "window_size" in takes:
@@ -46,34 +46,27 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, rule
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (rearrange(s.to(dtype), "1 head time dim -> time head dim") for s in (query, key, value))
-    sizes = (cu_queries, cu_keys, max_queries, max_keys)
-    out = varlen_attn(query[queries], key[keys], value[keys], *sizes, **options)
-    return rearrange(out[back], "time head dim -> 1 head time dim")
+    out = varlen_attn(query, key[keys], value[keys], *sizes, **options)
+    return rearrange(out, "time head dim -> 1 head time dim")
 
 
 def _sequences(layout: PrefixLayout) -> tuple[Any, ...]:
-    """Where the queries and keys of all sequences lie, one sequence after another, and the way back."""
-    device = layout.order.device
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-    for block in layout.blocks:
-        prompts, completions, real = block.prompts.cpu(), block.completions.cpu(), block.real.cpu()
-        queries += prompts
-        keys += prompts
-        for owner, places, is_real in zip(block.owner.tolist(), completions, real, strict=True):
-            queries.append(places[is_real])
-            keys.append(torch.cat([prompts[owner], places[is_real]]))
+    """Where the keys of all sequences lie, one sequence after another, and where the sequences' queries and keys end."""
+    queries, keys = [], []
+    for prompt, completions in layout.spans:
+        queries += [prompt, *completions]
+        keys += [[*prompt], *([*prompt, *completion] for completion in completions)]
 
-    def ends(parts: list[Tensor]) -> Tensor:
-        return torch.tensor([0, *map(len, parts)]).cumsum(0).to(device, torch.int32)
+    def ends(parts: list[Any]) -> Tensor:
+        return torch.tensor([0, *map(len, parts)]).cumsum(0).to(layout.prompt_of.device, torch.int32)
 
-    flat = torch.cat(queries)
-    longest = max(map(len, queries)), max(map(len, keys))
-    return flat.to(device), torch.cat(keys).to(device), ends(queries), ends(keys), *longest, flat.argsort().to(device)
+    places = torch.tensor([place for part in keys for place in part], device=layout.prompt_of.device)
+    return places, ends(queries), ends(keys), max(map(len, queries)), max(map(len, keys))
 
 
 VARIANTS: dict[str, Attend] = {
-    "by_block": lambda *args: attention.by_block(*args),
+    "by_span": attention.by_span,
+    "cascade": attention.cascade,
     "flex": lambda *args: attention._flex(*args),
     "varlen": varlen,
 }
@@ -83,6 +76,8 @@ def why_not(variant: str, device: str, dtype: torch.dtype) -> str | None:
     """The reason why a variant cannot train there; None where it can."""
     if variant == "flex" and device == "cpu":
         return "FlexAttention has no backward pass on the CPU"
+    if variant == "cascade" and device != "cpu":
+        return "cascade is made of flash attention's parts for the CPU"
     if variant == "varlen" and find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
     if variant == "varlen" and device == "cpu":

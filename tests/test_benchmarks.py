@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from benchmarks import gpu
 from benchmarks.attention_variants import VARIANTS, _sequences, why_not
-from grpo_hf.packing.attention import ScoreRule, attend, by_block
+from grpo_hf.packing.attention import ScoreRule, attend, by_span
 from grpo_hf.packing.layout import packed_batch
 from tests.tiny import random_groups
 
@@ -65,7 +65,8 @@ def test_it_runs_without_what_only_training_needs(tmp_path: Path) -> None:
     assert [name for name, _ in errors] == [
         "padded, sdpa, float32",
         "packed, shared_prefix, float32",
-        "packed, by_block, float32",
+        "packed, by_span, float32",
+        "packed, cascade, float32",
     ]
     assert all(0 < float(error) < 1e-5 for _, error in errors)
     for reason in ("FlexAttention has no backward pass on the CPU", "varlen_attn is flash attention, on CUDA only"):
@@ -81,16 +82,16 @@ def test_a_wrong_attention_fails_the_command(monkeypatch: pytest.MonkeyPatch, ca
     """And nothing is measured then."""
 
     def looks_away(query, key, value, layout, rule):
-        return by_block(query, key, value, layout, ScoreRule(1.001 * rule.scaling, 1, None))
+        return by_span(query, key, value, layout, ScoreRule(1.001 * rule.scaling, 1, None))
 
     def raises(*args):
         raise RuntimeError("no kernel\nfor this")
 
-    monkeypatch.setitem(VARIANTS, "by_block", looks_away)
+    monkeypatch.setitem(VARIANTS, "by_span", looks_away)
     monkeypatch.setitem(VARIANTS, "another", raises)
     assert gpu.main(TINY) == 1
     shown = capsys.readouterr()
-    assert re.search(r"FAILED gradients / packed, by_block, float32: relative error \S+, more than 0.0001", shown.err)
+    assert re.search(r"FAILED gradients / packed, by_span, float32: relative error \S+, more than 0.0001", shown.err)
     assert "FAILED gradients / packed, another, float32: RuntimeError: no kernel\n" in shown.err
     assert "updates" not in shown.out
 
@@ -112,23 +113,22 @@ def test_cuda_is_needed_unless_told_otherwise(capsys: pytest.CaptureFixture[str]
 
 
 def test_varlen_sequences_are_the_layout() -> None:
-    """Attention over each sequence's gathered keys, put back, is by_block."""
+    """Attention over each sequence's gathered keys is by_span."""
     layout = packed_batch(random_groups()).prefix_layout
     assert layout is not None
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 2, layout.order.numel(), 8) for _ in range(3))
+    query, key, value = (torch.randn(1, 2, len(layout.prompt_of), 8) for _ in range(3))
     rule = ScoreRule(0.5, None, None)
-    queries, keys, cu_queries, cu_keys, max_queries, max_keys, back = _sequences(layout)
+    keys, cu_queries, cu_keys, max_queries, max_keys = _sequences(layout)
     parts = []
     for number in range(len(cu_queries) - 1):
-        q, k = queries[cu_queries[number] : cu_queries[number + 1]], keys[cu_keys[number] : cu_keys[number + 1]]
-        assert len(q) <= max_queries and len(k) <= max_keys
-        if len(q):
-            parts.append(attend(query[:, :, q], key[:, :, k], value[:, :, k], rule))
-    torch.testing.assert_close(torch.cat(parts, dim=2)[:, :, back], by_block(query, key, value, layout, rule))
+        q, k = slice(*cu_queries[number : number + 2]), keys[cu_keys[number] : cu_keys[number + 1]]
+        assert q.stop - q.start <= max_queries and len(k) <= max_keys
+        parts.append(attend(query[:, :, q], key[:, :, k], value[:, :, k], rule))
+    torch.testing.assert_close(torch.cat(parts, dim=2), by_span(query, key, value, layout, rule))
 
 
 def test_a_variant_runs_or_says_why_not() -> None:
-    assert {name for name in VARIANTS if why_not(name, "cuda", torch.bfloat16) is None} == set(VARIANTS)
+    assert {name for name in VARIANTS if why_not(name, "cuda", torch.bfloat16) is None} == set(VARIANTS) - {"cascade"}
     assert why_not("varlen", "cuda", torch.float32) == "varlen_attn takes float16 and bfloat16 only"
-    assert why_not("by_block", "cpu", torch.float32) is None
+    assert why_not("by_span", "cpu", torch.float32) is None

@@ -12,15 +12,25 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.transformers_engine import cut_at_text
 from grpo_hf.rollout.vllm_engine import VLLMEngine
 from grpo_hf.rollout.vllm_process import as_it_was, same_random_state
 from grpo_hf.rollout.vllm_support import BATCHED_TOKENS
 from grpo_hf.rollout.weight_sync import StaleEngineError, WeightSync
-from grpo_hf.types import Completion
 from tests.tiny import WORDS, tiny_tokenizer
-from tests.tiny_vllm import PROMPTS, SAMPLING, SEEDS, STOPS, difference, update, vllm_model, with_lora
+from tests.tiny_vllm import (
+    PROMPTS,
+    SAMPLING,
+    SEEDS,
+    STOPS,
+    check_that_it_follows,
+    difference,
+    ids,
+    sample,
+    update,
+    vllm_model,
+    with_lora,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TIED = {"tied": True, "untied": False}
@@ -49,16 +59,6 @@ def serve(engine: VLLMEngine, model: nn.Module, version: int = 0) -> WeightSync:
     return engine.weights
 
 
-def sample(engine: VLLMEngine, sampling: Sampling = SAMPLING, prompts=PROMPTS, seeds=SEEDS, n=4) -> list[list[Completion]]:
-    """The groups, in order."""
-    groups = dict(engine.sample(prompts, seeds, n, sampling))
-    return [groups[number] for number in range(len(prompts))]
-
-
-def ids(groups: list[list[Completion]]) -> list[list[list[int]]]:
-    return [[completion.ids for completion in group] for group in groups]
-
-
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("head", TIED)
 def test_after_a_sync_the_engines_logprobs_are_the_trainers(engines: dict[str, VLLMEngine], head: str, lora: bool) -> None:
@@ -67,21 +67,7 @@ def test_after_a_sync_the_engines_logprobs_are_the_trainers(engines: dict[str, V
     model = with_lora(model) if lora else model
     serve(engine, model)
     base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    worst, done = 0.0, 0
-    engine.sync_weights()
-    for updates in (1, 10, 100):
-        before = sample(engine)
-        update(model, updates - done)
-        done = updates
-        with pytest.raises(StaleEngineError, match="sync_weights"):
-            sample(engine)
-        engine.sync_weights()
-        assert difference(model, PROMPTS, before, 1.0) > 0.01, "the updates changed nothing"
-        for temperature in (1.0, 0.7):
-            worst = max(
-                worst, difference(model, PROMPTS, sample(engine, replace(SAMPLING, temperature=temperature)), temperature)
-            )
-            assert worst < 1e-3, f"after {updates} updates, temperature {temperature}"
+    worst = check_that_it_follows(engine, model)
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
     print(f"\n{head}, {'lora' if lora else 'full'}: largest difference {worst:.1e}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from grpo_hf.packing.layout import pad
 from grpo_hf.packing.logprobs import batch_logprobs
-from grpo_hf.rollout.engine import Sampling
+from grpo_hf.rollout.engine import Engine, Sampling
+from grpo_hf.rollout.weight_sync import StaleEngineError
 from grpo_hf.types import Completion
 from tests.tiny import SIZES, VOCAB, group
 
@@ -60,3 +62,33 @@ def difference(model: nn.Module, prompts: list[list[int]], groups: Sequence[list
     logprobs, _ = batch_logprobs(lm, batch, temperature=temperature)
     assert batch.rollout_logprobs is not None
     return (logprobs - batch.rollout_logprobs).abs().max().item()
+
+
+def sample(engine: Engine, sampling: Sampling = SAMPLING, prompts=PROMPTS, seeds=SEEDS, n=4) -> list[list[Completion]]:
+    """The groups, in order."""
+    groups = dict(engine.sample(prompts, seeds, n, sampling))
+    return [groups[number] for number in range(len(prompts))]
+
+
+def ids(groups: list[list[Completion]]) -> list[list[list[int]]]:
+    """The tokens of each completion of each group."""
+    return [[completion.ids for completion in group] for group in groups]
+
+
+def check_that_it_follows(engine: Engine, model: nn.Module) -> float:
+    """Invariant 5 after 1, 10 and 100 updates, before each of which the engine refuses to sample; the worst difference."""
+    engine.sync_weights()
+    worst, done = 0.0, 0
+    for updates in (1, 10, 100):
+        before = sample(engine)
+        update(model, updates - done)
+        done = updates
+        with pytest.raises(StaleEngineError, match="sync_weights"):
+            sample(engine)
+        engine.sync_weights()
+        assert difference(model, PROMPTS, before, 1.0) > 0.01, "the updates changed nothing"
+        for temperature in (1.0, 0.7):
+            groups = sample(engine, replace(SAMPLING, temperature=temperature))
+            worst = max(worst, difference(model, PROMPTS, groups, temperature))
+            assert worst < 1e-3, f"after {updates} updates, temperature {temperature}"
+    return worst
