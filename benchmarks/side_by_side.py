@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,17 @@ class Worker:
         self.log.close()
 
 
-def measure(case: Case, sides: Sequence[str], repeats: int, *, processes: int = 1) -> dict[str, Any]:
-    """Medians over rounds of all sides, after a first one that is not counted, and every other side over the last."""
+def measure(case: Case, sides: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Medians over rounds of all sides, after a first one, which counts only when it is the only one (``repeats`` 0), and
+    every other side over the last."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(case).save_pretrained(folder / "model")
         make_tokenizer(case.vocabulary).save_pretrained(folder / "model")
-        workers = {side: Worker(side, case, model=folder / "model", folder=folder, processes=processes) for side in sides}
-        for worker in workers.values():
-            worker.step()
+        workers = {side: Worker(side, case, model=folder / "model", folder=folder) for side in sides}
+        first = {side: worker.step() for side, worker in workers.items()}
         cosines = compare_gradients(folder, sides) if case.injected else {}
-        rounds = [{side: worker.step() for side, worker in workers.items()} for _ in range(repeats)]
+        rounds = [{side: worker.step() for side, worker in workers.items()} for _ in range(repeats)] or [first]
         for worker in workers.values():
             worker.close()
     result: dict[str, Any] = {"case": asdict(case), "repeats": repeats}
@@ -98,5 +99,6 @@ def compare_gradients(folder: Path, sides: Sequence[str]) -> dict[str, float]:
 
 def setting() -> dict[str, Any]:
     """What the figures depend on, beside the case."""
-    versions = {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "peft")}
+    packages = ("torch", "transformers", "trl", "accelerate", "peft")
+    versions = {name: version(name) for name in packages if find_spec(name) is not None}
     return versions | {"threads": torch.get_num_threads()}

@@ -8,7 +8,7 @@ the command ends), and then they take turns. The first step, in which the optimi
 
 Every case's figures are written to benchmarks/results/training_step.json as soon as they are there, beside those of the
 cases that are not measured this time; then come the table and benchmarks/results/training_step.png.
-Needs `pip install trl==1.16.0`.
+Needs `pip install grpo_hf[benchmarks]`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def main() -> None:
     """Measure, write, show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=CASES, help="this one only; may be given again")
-    parser.add_argument("--repeats", type=int, default=3, help="counted rounds")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="counted rounds; 0: the first, which makes the optimizer's state, counts"
+    )
     args = parser.parse_args()
     written = json.loads(OUTPUT.read_text())["cases"] if OUTPUT.exists() else {}
     for name in args.case or CASES:

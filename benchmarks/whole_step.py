@@ -26,7 +26,9 @@ def main() -> None:
     """Measure, write, show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=CASES, help="this one only; may be given again")
-    parser.add_argument("--repeats", type=int, default=3, help="counted rounds")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="counted rounds; 0: the first, which makes the optimizer's state, counts"
+    )
     args = parser.parse_args()
     results = {name: measure(CASES[name], SIDES, args.repeats) for name in args.case or CASES}
     (RESULTS / "whole_step.json").write_text(json.dumps({"setting": setting(), "cases": results}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The benchmark for a GPU: its checks and shapes run on a CPU too, and without most of what training needs."""
+"""The benchmarks on tiny shapes: the one for a GPU, also without most of what training needs, and sides that take turns."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from packaging.requirements import Requirement
 
 from benchmarks import gpu
 from benchmarks.attention_variants import VARIANTS, _sequences, why_not
+from benchmarks.side_by_side import measure
+from benchmarks.sides import Case, groups_of, make_data, text_of
 from grpo_hf.packing.attention import ScoreRule, attend, by_span
-from grpo_hf.packing.layout import packed_batch
+from grpo_hf.packing.layout import num_tokens, packed_batch
+from grpo_hf.types import Group
 from tests.tiny import random_groups
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +31,6 @@ NEEDED = {
     "accelerate",
     "peft",
     "einops",
-    "jaxtyping",
     "numpy",
     "packaging",
     "psutil",
@@ -132,3 +134,17 @@ def test_a_variant_runs_or_says_why_not() -> None:
     assert {name for name in VARIANTS if why_not(name, "cuda", torch.bfloat16) is None} == set(VARIANTS) - {"cascade"}
     assert why_not("varlen", "cuda", torch.float32) == "varlen_attn takes float16 and bfloat16 only"
     assert why_not("by_span", "cpu", torch.float32) is None
+
+
+def test_sides_take_the_same_step_on_the_completions_that_they_are_given() -> None:
+    """Those of a case, of which the packed side forwards every prompt once and the padded one fills rows up."""
+    case = Case(12, 8, groups=2, group_size=4, rows=4, flat=1, vocabulary=300, hidden=64, layers=1)
+    result = measure(case, ("padded", "grpo_hf"), repeats=1)
+    assert result["padded"]["cosine"] == pytest.approx(1, abs=1e-6)
+    (informative,) = [item for item in groups_of(make_data(case)) if text_of(item.prompt.ids) not in make_data(case).flat]
+    assert result["grpo_hf"]["tokens_forwarded"] == num_tokens(informative)
+    rows = [num_tokens(Group(informative.prompt, [item])) for item in informative.completions]
+    assert result["padded"]["tokens_forwarded"] == len(rows) * max(rows)
+    for side in ("padded", "grpo_hf"):
+        assert result[side]["wall_s"] > 0
+        assert result[side]["peak_mib"] > 100

@@ -8,12 +8,16 @@ hidden: its group's advantages come out infinite or NaN.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-Rewards = Float[Tensor, "prompts group"]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    Rewards = Float[Tensor, "prompts group"]
+
 
 EPS = 1e-4
 """Added to standard deviations, as in TRL."""

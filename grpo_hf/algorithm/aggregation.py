@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from grpo_hf.algorithm.sequences import sequence_lengths
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    Weights = Float[Tensor, " token"]
+    Sequence = Int[Tensor, " token"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,6 @@ class Denominators:
     """Processes whose gradients are summed."""
     max_completion_length: int
     """The length limit, for the constant-length form."""
-
-
-Weights = Float[Tensor, " token"]
-Sequence = Int[Tensor, " token"]
 
 
 def token_mean(sequence: Sequence, num_sequences: int, denominators: Denominators) -> Weights:

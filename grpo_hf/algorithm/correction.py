@@ -8,14 +8,17 @@ level and masking: Liu et al. 2025, "When speed kills stability").
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from grpo_hf.algorithm.sequences import sequence_sum
 
-Tokens = Float[Tensor, " token"]
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    Tokens = Float[Tensor, " token"]
 
 
 def truncate(weights: Tokens, low: float | None, high: float | None) -> Tokens:

@@ -6,11 +6,14 @@ All take d = log π_ref - log π_θ of the sampled tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from jaxtyping import Float
 from torch import Tensor
 
-Tokens = Float[Tensor, " token"]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    Tokens = Float[Tensor, " token"]
 
 
 def k1(log_ratio: Tokens) -> Tokens:

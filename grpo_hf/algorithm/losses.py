@@ -13,14 +13,17 @@ log-probs, never a quotient of log-probs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from grpo_hf.algorithm.sequences import sequence_mean
 
-Tokens = Float[Tensor, " token"]
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+    Tokens = Float[Tensor, " token"]
 
 
 def token_log_ratio(logprobs: Tokens, old_logprobs: Tokens, sequence: Int[Tensor, " token"], num_sequences: int) -> Tokens:

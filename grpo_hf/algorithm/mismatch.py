@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from grpo_hf.algorithm.kl import k3
 
-Tokens = Float[Tensor, " token"]
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    Tokens = Float[Tensor, " token"]
 
 
 def mismatch(

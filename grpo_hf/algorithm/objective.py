@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from grpo_hf.algorithm.aggregation import AGGREGATIONS, Denominators
@@ -15,6 +14,11 @@ from grpo_hf.algorithm.correction import correction_weights
 from grpo_hf.algorithm.kl import KL_ESTIMATORS, bias_corrected
 from grpo_hf.algorithm.losses import LEVELS, LOSSES, clip_masks
 from grpo_hf.algorithm.mismatch import mismatch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    Tokens = Float[Tensor, " token"]
 
 LOSS_TYPES: dict[str, tuple[str, str]] = {
     "dapo": ("clipped", "token_mean"),
@@ -30,8 +34,6 @@ LOSS_TYPES: dict[str, tuple[str, str]] = {
 """loss_type -> (its entry in LOSSES, its entry in AGGREGATIONS); TRL's names, then ours."""
 
 CLIPPED_LOSSES = frozenset(name for name, (loss, _) in LOSS_TYPES.items() if loss == "clipped")
-
-Tokens = Float[Tensor, " token"]
 
 
 @dataclass(frozen=True)

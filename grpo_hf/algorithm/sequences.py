@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float, Int
+from typing import TYPE_CHECKING
+
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 def sequence_sum(

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -24,10 +23,13 @@ from transformers.masking_utils import sdpa_mask
 from grpo_hf.packing.cascade import prefix_and_own
 from grpo_hf.types import PrefixLayout
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+    Heads = Float[Tensor, "batch head time dim"]
+
 SHARED_PREFIX = "shared_prefix"
 """The name under which a model selects this attention: `model.set_attn_implementation(SHARED_PREFIX)`."""
-
-Heads = Float[Tensor, "batch head time dim"]
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ Dao et al. 2022, arXiv 2205.14135: dq, dk and dv need nothing else of the other 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Spans = list[tuple[range, list[range]]]
 

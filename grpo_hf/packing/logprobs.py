@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +19,12 @@ from transformers import PreTrainedModel
 from grpo_hf.algorithm.logits import entropy as entropy_of
 from grpo_hf.algorithm.logits import token_logprobs
 from grpo_hf.types import PackedBatch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    Hidden = Float[Tensor, "token dim"]
+    Tokens = Float[Tensor, " token"]
 
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**27}
 """Logits made at a time, by device: 32 MiB in float32, about a CPU's cache (measured fastest of 2**20 to 2**24), and 512 MiB
@@ -34,9 +39,6 @@ LOGIT_TRANSFORMS: dict[str, Callable[[float, Tensor], Tensor]] = {
     "logits_scaling": lambda scale, logits: logits / scale,
 }
 """What some models do to their head's output, by the name of the config field that holds the number."""
-
-Hidden = Float[Tensor, "token dim"]
-Tokens = Float[Tensor, " token"]
 
 
 def batch_logprobs(model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0) -> tuple[Tokens, Tokens]:
