@@ -1,6 +1,8 @@
 """accelerate launch --config_file accelerate_configs/single.yaml recipes/train.py recipes/sorting_lm.yaml [--field value]"""
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from grpo_hf.cli.train import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(record(main)())  # the launcher shows the traceback of a process that fails

@@ -13,7 +13,6 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from grpo_hf.cli.data import FORMATS
 from grpo_hf.cli.recipe import RunArguments, help_text, parse
@@ -27,7 +26,6 @@ from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.trainer import GRPOTrainer
 
 
-@record  # for torchrun to show the traceback of the process that failed first
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe."""
     arguments = list(sys.argv[1:] if argv is None else argv)
