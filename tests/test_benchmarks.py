@@ -17,8 +17,7 @@ from benchmarks.attention_variants import VARIANTS, _sequences, why_not
 from benchmarks.side_by_side import measure
 from benchmarks.sides import Case, groups_of, make_data, text_of
 from grpo_hf.packing.attention import ScoreRule, attend, by_span
-from grpo_hf.packing.layout import num_tokens, packed_batch
-from grpo_hf.types import Group
+from grpo_hf.packing.layout import num_tokens, packed_batch, pad
 from tests.tiny import random_groups
 
 ROOT = Path(__file__).parents[1]
@@ -143,8 +142,8 @@ def test_sides_take_the_same_step_on_the_completions_that_they_are_given() -> No
     assert result["padded"]["cosine"] == pytest.approx(1, abs=1e-6)
     (informative,) = [item for item in groups_of(make_data(case)) if text_of(item.prompt.ids) not in make_data(case).flat]
     assert result["grpo_hf"]["tokens_forwarded"] == num_tokens(informative)
-    rows = [num_tokens(Group(informative.prompt, [item])) for item in informative.completions]
-    assert result["padded"]["tokens_forwarded"] == len(rows) * max(rows)
+    padded = pad(groups_of(make_data(case)), tokens_per_microbatch=4 * 20)
+    assert result["padded"]["tokens_forwarded"] == sum(batch.num_tokens for batch in padded)
     for side in ("padded", "grpo_hf"):
         assert result[side]["wall_s"] > 0
         assert result[side]["peak_mib"] > 100
