@@ -2,7 +2,7 @@
 
 The packed side of sides.py alone, in float32: seconds of the training phase over the tokens of an update that are there
 once (every prompt, and every completion, its last token included). The head is work that only completion tokens have, so
-the share of prompts is the same along "group size" but for the prompts themselves. "weights" is a model of about 100
+the head's share grows along "group size", whose micro-batches all have the same budget. "weights" is a model of about 100
 million: its share of the measured peak of matrix products counts every product once (MFU). Each value is its own process;
 values of an axis take turns. Writes benchmarks/results/scaling.json.
 """
@@ -29,7 +29,8 @@ SIDE = "grpo_hf"
 BASE = Case(192, 64, equal=True)
 AXES: dict[str, dict[str, Case]] = {
     "group size": {
-        str(size): Case(64, 128, equal=True, groups=64 // size, group_size=size, rows=size) for size in (2, 4, 8, 16, 32, 64)
+        str(size): Case(64, 128, equal=True, groups=64 // size, group_size=size, rows=size, budget=1100)
+        for size in (2, 4, 8, 16, 32, 64)
     },
     "prompt": {str(length): replace(BASE, prompt=length) for length in (64, 256, 1024, 2048)},
     "vocabulary": {f"{size:,}": replace(BASE, vocabulary=size) for size in (1_000, 8_000, 32_000, 152_000)},

@@ -43,7 +43,9 @@ class Case:
     group_size: int = GROUP_SIZE
     """Completions of a prompt."""
     rows: int = GROUP_SIZE
-    """Completions that TRL and the padded reference forward at a time; the packed side forwards a group."""
+    """Completions that TRL and the padded reference forward at a time."""
+    budget: int | None = None
+    """Tokens that the packed side forwards at a time; None: a group."""
     flat: int = 0
     """Groups of an update whose rewards are all equal."""
     updates: int = 1
@@ -286,13 +288,13 @@ def trl_trainer(case: Case, model: str, folder: str, data: Data, clock: Clock) -
 
 
 def our_trainer(case: Case, model: str, folder: str, data: Data, clock: Clock, layout: str = "packed", **more: Any) -> Any:
-    """grpo_hf's with its defaults, and a token budget of one packed group, or of as many padded rows as TRL's."""
+    """grpo_hf's with its defaults, and the case's token budget, or that of as many padded rows as TRL's."""
     from grpo_hf import GRPOConfig, GRPOTrainer
 
-    group = case.prompt + case.group_size * case.completion
+    packed = case.budget or case.prompt + case.group_size * case.completion
     settings = {
         "token_layout": layout,
-        "tokens_per_microbatch": group if layout == "packed" else case.rows * (case.prompt + case.completion),
+        "tokens_per_microbatch": packed if layout == "packed" else case.rows * (case.prompt + case.completion),
         "save_rollouts": False,
         "write_report": False,
         **more,
@@ -313,8 +315,8 @@ def our_trainer(case: Case, model: str, folder: str, data: Data, clock: Clock, l
 
 
 def padded_trainer(*args: Any) -> Any:
-    """grpo_hf's with one padded row a completion, of groups without signal too, and the same fused head."""
-    return our_trainer(*args, layout="padded", keep_zero_signal=True)
+    """grpo_hf's with one padded row a completion, and the same fused head."""
+    return our_trainer(*args, layout="padded")
 
 
 def vllm_trainer(*args: Any) -> Any:

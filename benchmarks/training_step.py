@@ -1,11 +1,10 @@
 """The training phase beside TRL's GRPOTrainer: `python -m benchmarks.training_step`.
 
 Everything between sampling and the end of the optimizer step, in float32 on this machine's CPU, without gradient
-checkpointing: TRL with its defaults, our packed layout, and our padded layout with the same fused head and with groups
-without signal ("padded"), which says what is left where TRL's head is not what holds it back. Every side is a real trainer
-in a fresh process of its own (sides.py); all are given the same completions and rewards, their first gradients are compared
-(cosine above 0.9999, or the command ends), and then they take turns. The first step, in which the optimizer makes its
-state, is not counted.
+checkpointing: TRL with its defaults, our packed layout, and our padded layout with the same fused head ("padded"), which
+says what is left where TRL's head is not what holds it back. Every side is a real trainer in a fresh process of its own
+(sides.py); all are given the same completions and rewards, their first gradients are compared (cosine above 0.9999, or
+the command ends), and then they take turns. The first step, in which the optimizer makes its state, is not counted.
 
 Every case's figures are written to benchmarks/results/training_step.json as soon as they are there, beside those of the
 cases that are not measured this time; then come the table and benchmarks/results/training_step.png.
