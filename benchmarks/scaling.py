@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grpo_hf.training.flops import cost_of, update_flops
-from grpo_hf.training.throughput import matmul_peak
 
 from benchmarks.side_by_side import RESULTS, Worker, setting
 from benchmarks.sides import Case, groups_of, make_data, make_model, make_tokenizer
 from grpo_hf.packing.layout import pack
+from grpo_hf.training.flops import cost_of, update_flops
+from grpo_hf.training.throughput import matmul_peak
 
 SIDE = "grpo_hf"
 BASE = Case(192, 64, equal=True)

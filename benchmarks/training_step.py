@@ -69,9 +69,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
             bars = axis.barh([place + shift for place in range(len(ratios))], ratios, height=0.38, label=label)
             axis.bar_label(bars, fmt="%.1f", padding=2)
         axis.axvline(1, color="black", linewidth=1)
+        axis.margins(x=0.12)
         axis.set(title=f"{title}, as a multiple of grpo_hf's", yticks=range(len(results)), yticklabels=list(results))
     axes[0].invert_yaxis()
-    axes[1].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 
