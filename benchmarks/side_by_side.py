@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,6 +23,14 @@ from benchmarks.sides import Case, gradient_file, make_model, make_tokenizer
 LEAST_COSINE = 0.9999
 RESULTS = Path(__file__).parent / "results"
 TWO_PROCESSES = Path(__file__).parents[1] / "accelerate_configs" / "cpu_2proc.yaml"
+
+
+def arguments(description: str | None, cases: Iterable[str]) -> argparse.Namespace:
+    """The options of a command that measures cases."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", choices=cases, help="this one only; may be given again")
+    parser.add_argument("--repeats", type=int, default=3, help="counted rounds; 0: the first is what counts")
+    return parser.parse_args()
 
 
 class Worker:

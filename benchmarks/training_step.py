@@ -13,12 +13,11 @@ Needs `pip install grpo_hf[benchmarks]`.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.side_by_side import RESULTS, measure, setting
+from benchmarks.side_by_side import RESULTS, arguments, measure, setting
 from benchmarks.sides import Case
 
 CASES = {
@@ -78,12 +77,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Measure, write, show."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=CASES, help="this one only; may be given again")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="counted rounds; 0: the first, which makes the optimizer's state, counts"
-    )
-    args = parser.parse_args()
+    args = arguments(__doc__, CASES)
     written = json.loads(OUTPUT.read_text())["cases"] if OUTPUT.exists() else {}
     for name in args.case or CASES:
         written[name] = measure(CASES[name], SIDES, args.repeats)

@@ -8,10 +8,9 @@ Float32, no gradient checkpointing, 4 groups of 8; sides.py says the rest. Write
 
 from __future__ import annotations
 
-import argparse
 import json
 
-from benchmarks.side_by_side import RESULTS, measure, setting
+from benchmarks.side_by_side import RESULTS, arguments, measure, setting
 from benchmarks.sides import Case
 
 CASES = {
@@ -24,12 +23,7 @@ SIDES = ("trl", "grpo_hf", "grpo_hf_vllm")
 
 def main() -> None:
     """Measure, write, show."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=CASES, help="this one only; may be given again")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="counted rounds; 0: the first, which makes the optimizer's state, counts"
-    )
-    args = parser.parse_args()
+    args = arguments(__doc__, CASES)
     results = {name: measure(CASES[name], SIDES, args.repeats) for name in args.case or CASES}
     (RESULTS / "whole_step.json").write_text(json.dumps({"setting": setting(), "cases": results}, indent=1) + "\n")
     print(
