@@ -2,9 +2,9 @@
 
 The packed side of sides.py alone, in float32: seconds of the training phase over the tokens of an update that are there
 once (every prompt, and every completion, its last token included). The head is work that only completion tokens have, so
-the head's share grows along "group size", whose micro-batches all have the same budget. "weights" is a model of about 100
-million: its share of the measured peak of matrix products counts every product once (MFU). Each value is its own process;
-values of an axis take turns. Writes benchmarks/results/scaling.json.
+the head's share grows along "group size", whose micro-batches have a CPU's default budget. "weights" is a model of about
+100 million: its share of the measured peak of matrix products counts every product once (MFU). Each value is its own
+process; values of an axis take turns. Writes benchmarks/results/scaling.json.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ import torch
 from benchmarks.side_by_side import RESULTS, Worker, setting
 from benchmarks.sides import Case, groups_of, make_data, make_model, make_tokenizer
 from grpo_hf.packing.layout import pack
+from grpo_hf.training.config import TOKENS_PER_MICROBATCH
 from grpo_hf.training.flops import cost_of, update_flops
 from grpo_hf.training.throughput import matmul_peak
 
 SIDE = "grpo_hf"
 BASE = Case(192, 64, equal=True)
+SAMPLES = Case(64, 128, equal=True, budget=TOKENS_PER_MICROBATCH["cpu"])
 AXES: dict[str, dict[str, Case]] = {
     "group size": {
-        str(size): Case(64, 128, equal=True, groups=64 // size, group_size=size, rows=size, budget=1100)
-        for size in (2, 4, 8, 16, 32, 64)
+        str(size): replace(SAMPLES, groups=64 // size, group_size=size, rows=size) for size in (2, 4, 8, 16, 32, 64)
     },
     "prompt": {str(length): replace(BASE, prompt=length) for length in (64, 256, 1024, 2048)},
     "vocabulary": {f"{size:,}": replace(BASE, vocabulary=size) for size in (1_000, 8_000, 32_000, 152_000)},

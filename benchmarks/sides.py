@@ -315,8 +315,8 @@ def our_trainer(case: Case, model: str, folder: str, data: Data, clock: Clock, l
 
 
 def padded_trainer(*args: Any) -> Any:
-    """grpo_hf's with one padded row a completion, and the same fused head."""
-    return our_trainer(*args, layout="padded")
+    """grpo_hf's with one padded row for every completion, those without signal too, and the same fused head."""
+    return our_trainer(*args, layout="padded", keep_zero_signal=True)
 
 
 def vllm_trainer(*args: Any) -> Any:

@@ -136,13 +136,14 @@ def test_a_variant_runs_or_says_why_not() -> None:
 
 
 def test_sides_take_the_same_step_on_the_completions_that_they_are_given() -> None:
-    """Those of a case, of which the packed side forwards every prompt once and the padded one fills rows up."""
+    """The packed side forwards every prompt with signal once; the padded one fills rows up, without signal too."""
     case = Case(12, 8, groups=2, group_size=4, rows=4, flat=1, vocabulary=300, hidden=64, layers=1)
     result = measure(case, ("padded", "grpo_hf"), repeats=1)
     assert result["padded"]["cosine"] == pytest.approx(1, abs=1e-6)
-    (informative,) = [item for item in groups_of(make_data(case)) if text_of(item.prompt.ids) not in make_data(case).flat]
+    groups = groups_of(make_data(case))
+    (informative,) = [group for group in groups if text_of(group.prompt.ids) not in make_data(case).flat]
     assert result["grpo_hf"]["tokens_forwarded"] == num_tokens(informative)
-    padded = pad([informative], tokens_per_microbatch=4 * 20)
+    padded = pad(groups, tokens_per_microbatch=4 * 20)
     assert result["padded"]["tokens_forwarded"] == sum(batch.num_tokens for batch in padded)
     for side in ("padded", "grpo_hf"):
         assert result[side]["wall_s"] > 0
