@@ -3,11 +3,19 @@
 import pytest
 import torch
 from einops import repeat
-from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 from transformers import AutoModelForCausalLM
 
 from grpo_hf.packing import attention
-from grpo_hf.packing.attention import SHARED_PREFIX, ScoreRule, block_mask, by_span, cascade, shared_prefix_attention
+from grpo_hf.packing.attention import (
+    BLOCK,
+    SHARED_PREFIX,
+    ScoreRule,
+    block_mask,
+    by_span,
+    cascade,
+    shared_prefix_attention,
+)
 from grpo_hf.packing.layout import packed_batch, padded_batch
 from grpo_hf.types import Group, PrefixLayout
 from tests.tiny import UNEVEN, random_groups, tiny_model
@@ -112,6 +120,20 @@ def test_the_flex_mask_is_the_layout_by_definition(shapes: list, window: int | N
     mask = block_mask(layout_of(random_groups(shapes)), window)
     dense = create_mask(mask.mask_mod, None, None, len(expected), len(expected), device="cpu")
     assert torch.equal(dense[0, 0], expected)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_the_flex_blocks_are_those_of_the_whole_mask(window: int | None) -> None:
+    """Kept full, kept in part and left out, as torch makes them from the [time time] mask; the last block is not whole."""
+    layout = layout_of(random_groups([(400, [150, 300]), (20, [7, 9]), (130, [260])]))
+    length = len(layout.prompt_of)
+    mask = block_mask(layout, window)
+    expected = create_block_mask(mask.mask_mod, None, None, length, length, device="cpu")
+    assert length % BLOCK and mask.seq_lengths == expected.seq_lengths and mask.BLOCK_SIZE == expected.BLOCK_SIZE
+    for name in ("kv", "full_kv", "q", "full_q"):
+        count, listed = getattr(mask, f"{name}_num_blocks"), getattr(mask, f"{name}_indices")
+        assert torch.equal(count, getattr(expected, f"{name}_num_blocks"))
+        assert count.any() and torch.equal(listed, getattr(expected, f"{name}_indices"))
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 SHARED_PREFIX = "shared_prefix"
 """The name under which a model selects this attention: `model.set_attn_implementation(SHARED_PREFIX)`."""
+
+BLOCK = 128
+"""Queries and keys of a FlexAttention block."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,8 @@ def _flex(query: Heads, key: Tensor, value: Tensor, layout: PrefixLayout, rule: 
 
 
 def block_mask(layout: PrefixLayout, sliding_window: int | None) -> BlockMask:
-    """FlexAttention's form of the layout; shared by all layers with the same window."""
+    """FlexAttention's form of the layout, shared by all layers with the same window; made a row of blocks at a time, so that
+    no [time time] mask is held."""
 
     def may_look(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         same_prompt = layout.prompt_of[q] == layout.prompt_of[k]
@@ -176,7 +180,23 @@ def block_mask(layout: PrefixLayout, sliding_window: int | None) -> BlockMask:
         return allowed & (layout.position_of[q] - layout.position_of[k] < sliding_window)
 
     length = len(layout.prompt_of)
-    return create_block_mask(may_look, B=None, H=None, Q_LEN=length, KV_LEN=length, device=layout.prompt_of.device)
+    places, zero = torch.arange(length, device=layout.prompt_of.device), layout.prompt_of.new_zeros(())
+    rows = (may_look(zero, zero, queries[:, None], places) for queries in places.split(BLOCK))
+    pairs = torch.stack([pad(row, (0, -length % BLOCK)).unflatten(1, (-1, BLOCK)).sum((0, 2)) for row in rows])
+    full = pairs == BLOCK**2
+    return BlockMask.from_kv_blocks(
+        *_listed((pairs > 0) & ~full),
+        *_listed(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=may_look,
+        seq_lengths=(length, length),
+    )
+
+
+def _listed(blocks: Bool[Tensor, "row column"]) -> tuple[Tensor, Tensor]:
+    """How many blocks each row has, and their columns, first; as FlexAttention wants them."""
+    columns = blocks.argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(1).int()[None, None], columns.int()[None, None]
 
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
