@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.sides import Case, gradient_file, make_model, make_tokenizer
+from benchmarks.cases import Case, make_model, make_tokenizer
+from benchmarks.sides import gradient_file
 
 LEAST_COSINE = 0.9999
 RESULTS = Path(__file__).parent / "results"

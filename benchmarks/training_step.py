@@ -17,8 +17,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import Case
 from benchmarks.side_by_side import RESULTS, arguments, measure, setting
-from benchmarks.sides import Case
 
 CASES = {
     "192 / 64, equal lengths": Case(192, 64, equal=True),

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 
+from benchmarks.cases import Case
 from benchmarks.side_by_side import RESULTS, arguments, measure, setting
-from benchmarks.sides import Case
 
 CASES = {
     "192 / 64": Case(192, 64, equal=True, injected=False),

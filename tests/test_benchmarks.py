@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 
 from benchmarks import gpu
 from benchmarks.attention_variants import VARIANTS, _sequences, why_not
+from benchmarks.cases import Case, groups_of, make_data, text_of
 from benchmarks.side_by_side import measure
-from benchmarks.sides import Case, groups_of, make_data, text_of
 from grpo_hf.packing.attention import ScoreRule, attend, by_span
 from grpo_hf.packing.layout import num_tokens, packed_batch, pad
 from tests.tiny import random_groups

@@ -5,22 +5,21 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
 
-from grpo_hf.algorithm.advantages import ADVANTAGES, NEEDS_A_GROUP
+from grpo_hf.algorithm.advantages import ADVANTAGES
 from grpo_hf.algorithm.correction import CORRECTION_MODES
 from grpo_hf.algorithm.kl import KL_ESTIMATORS
-from grpo_hf.algorithm.losses import LEVELS
 from grpo_hf.algorithm.objective import LOSS_TYPES, Objective, engine_correction
-from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.rewards.settings import DEFAULT_POLICY, RewardSettings
 from grpo_hf.rollout.dynamic import CURRICULA, Choice, get_curriculum, solved_skipper
 from grpo_hf.rollout.weight_sync import LORA_SYNCS
+from grpo_hf.training.config_checks import check_config
 from grpo_hf.training.guards import ACTIONS, GUARDS, Guard, chosen_guards
 from grpo_hf.training.trl_names import TRL_ONLY
 
@@ -206,12 +205,7 @@ class GRPOConfig(TrainingArguments):
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
-        self._check_names()
-        self._check_numbers()
-        self._check_batches()
-        self._check_choice()
-        self.reward_settings()
-        self.chosen_guards()
+        check_config(self)
 
     # ---- Derived numbers
 
@@ -221,14 +215,23 @@ class GRPOConfig(TrainingArguments):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
+    def batches_per_rollout(self) -> int:
+        """Batches of per_device_train_batch_size completions that one rollout holds, on one process."""
+        if self.steps_per_generation is not None:
+            return self.steps_per_generation
+        if self.generation_batch_size is not None:
+            return self.generation_batch_size // (self.per_device_train_batch_size * self.world_size)
+        return self.gradient_accumulation_steps
+
+    @property
     def updates_per_rollout(self) -> int:
         """Optimizer steps that share one rollout's completions."""
-        return self._steps_per_generation // self.gradient_accumulation_steps
+        return self.batches_per_rollout // self.gradient_accumulation_steps
 
     @property
     def prompts_per_rollout(self) -> int:
         """Prompts sampled at a time, over all processes."""
-        return self.per_device_train_batch_size * self._steps_per_generation * self.world_size // self.num_generations
+        return self.per_device_train_batch_size * self.batches_per_rollout * self.world_size // self.num_generations
 
     @property
     def advantage_form(self) -> str:
@@ -254,6 +257,13 @@ class GRPOConfig(TrainingArguments):
             kl_bias_correction=self.use_bias_correction_kl,
             entropy_coef=self.entropy_coef,
             correction=self._correction() if self.use_vllm and self.vllm_importance_sampling_correction else None,
+        )
+
+    def _correction(self) -> Callable[..., Any]:
+        return engine_correction(
+            self.vllm_importance_sampling_mode,
+            self.vllm_importance_sampling_clip_min,
+            self.vllm_importance_sampling_clip_max,
         )
 
     @property
@@ -301,162 +311,3 @@ class GRPOConfig(TrainingArguments):
     def compute_dtype(self) -> torch.dtype | None:
         """What autocast computes in; None: the model's own."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
-
-    def _correction(self) -> Callable[..., Any]:
-        return engine_correction(
-            self.vllm_importance_sampling_mode,
-            self.vllm_importance_sampling_clip_min,
-            self.vllm_importance_sampling_clip_max,
-        )
-
-    # ---- Checks
-
-    @property
-    def _steps_per_generation(self) -> int:
-        if self.steps_per_generation is not None:
-            return self.steps_per_generation
-        if self.generation_batch_size is not None:
-            return self.generation_batch_size // (self.per_device_train_batch_size * self.world_size)
-        return self.gradient_accumulation_steps
-
-    def _check_names(self) -> None:
-        choices: dict[str, Iterable[Any]] = {
-            "loss_type": LOSS_TYPES,
-            "importance_sampling_level": LEVELS,
-            "scale_rewards": ("group", "batch", "none"),
-            "kl_estimator": KL_ESTIMATORS,
-            "token_layout": ("auto", *LAYOUTS),
-            "overlong_prompts": ("error", "drop"),
-            "bad_gold_rows": ("error", "drop", "keep"),
-            "vllm_mode": ("colocate", "server"),
-            "vllm_lora_sync": LORA_SYNCS,
-            "rollout_ahead": (0, 1),
-            "vllm_importance_sampling_mode": CORRECTION_MODES,
-        }
-        if self.advantage is not None:
-            choices["advantage"] = ADVANTAGES
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                near = difflib.get_close_matches(str(value), map(str, known), n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, known))}{hint}")
-
-    def _check_numbers(self) -> None:
-        at_least: dict[str, Callable[[Any], bool]] = {
-            "num_generations >= 1": lambda c: c.num_generations >= 1,
-            "num_generations_eval >= 1": lambda c: c.num_generations_eval is None or c.num_generations_eval >= 1,
-            "num_iterations >= 1": lambda c: c.num_iterations >= 1,
-            "max_completion_length >= 1": lambda c: c.max_completion_length >= 1,
-            "tokens_per_microbatch >= 1": lambda c: c.tokens_per_microbatch >= 1,
-            "temperature > 0": lambda c: c.temperature > 0,
-            "eval_temperature >= 0": lambda c: c.eval_temperature is None or c.eval_temperature >= 0,
-            "0 < top_p <= 1": lambda c: 0 < c.top_p <= 1,
-            "dynamic_sampling_max_rounds >= 1": lambda c: c.dynamic_sampling_max_rounds >= 1,
-            "skip_solved_after >= 1": lambda c: c.skip_solved_after is None or c.skip_solved_after >= 1,
-            "revisit_after >= 1": lambda c: c.revisit_after >= 1,
-            "top_k >= 0": lambda c: c.top_k >= 0,
-            "0 <= min_p <= 1": lambda c: c.min_p is None or 0 <= c.min_p <= 1,
-            "repetition_penalty > 0": lambda c: c.repetition_penalty > 0,
-            "vllm_server_timeout > 0": lambda c: c.vllm_server_timeout > 0,
-            "0 < vllm_gpu_memory_utilization <= 1": lambda c: 0 < c.vllm_gpu_memory_utilization <= 1,
-            "vllm_importance_sampling_clip_min <= vllm_importance_sampling_clip_max": lambda c: (
-                None in (c.vllm_importance_sampling_clip_min, c.vllm_importance_sampling_clip_max)
-                or c.vllm_importance_sampling_clip_min <= c.vllm_importance_sampling_clip_max
-            ),
-            "profile >= 0": lambda c: c.profile >= 0,
-            "profile < max_steps": lambda c: c.max_steps <= 0 or c.profile < c.max_steps,
-            "epsilon >= 0": lambda c: c.epsilon >= 0,
-            "epsilon_high >= 0": lambda c: c.epsilon_high is None or c.epsilon_high >= 0,
-            "beta >= 0": lambda c: c.beta >= 0,
-            "0 <= ref_model_mixup_alpha <= 1": lambda c: 0 <= c.ref_model_mixup_alpha <= 1,
-            "ref_model_sync_steps >= 1": lambda c: c.ref_model_sync_steps >= 1,
-            "delta > 1 + epsilon_high": lambda c: (
-                c.delta is None or c.delta > 1 + (c.epsilon if c.epsilon_high is None else c.epsilon_high)
-            ),
-        }
-        for rule, holds in at_least.items():
-            if not holds(self):
-                values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in rule.split()}
-                raise ValueError(f"{', '.join(f'{k}={v}' for k, v in values.items())}, but {rule} is needed")
-        if self.loss_type == "cispo" and (self.epsilon_high or 0) < 1:
-            raise ValueError(
-                f"epsilon_high={self.epsilon_high}: for loss_type='cispo' it is the bound on the ratio itself, and a bound "
-                "below 1 shrinks even on-policy gradients; give one of at least 1, say 5.0"
-            )
-        self._check_engine()
-        if self.auto_find_batch_size:
-            raise ValueError("auto_find_batch_size=True would break up groups; lower tokens_per_microbatch instead")
-        if self.sync_ref_model and not self.beta:
-            raise ValueError("sync_ref_model=True needs a reference model, so beta > 0; beta is 0")
-
-    def _check_engine(self) -> None:
-        structured = self.vllm_structured_outputs_regex is not None or self.vllm_structured_outputs_json is not None
-        if structured and not self.use_vllm:
-            raise ValueError("vllm_structured_outputs_regex and vllm_structured_outputs_json need use_vllm=True")
-        if not self.rollout_ahead:
-            return
-        if not self.use_vllm or self.vllm_mode != "server":
-            raise ValueError(
-                f"rollout_ahead=1 samples while training goes on, which takes a server: set use_vllm=True and "
-                f"vllm_mode='server' (use_vllm is {self.use_vllm}, vllm_mode {self.vllm_mode!r})"
-            )
-        if structured or not self.vllm_importance_sampling_correction:
-            raise ValueError(
-                "rollout_ahead=1 trains on samples of older weights, which the loss must be corrected for: set "
-                "vllm_importance_sampling_correction=True and leave structured outputs, which have no log-probs to do it "
-                "with, out"
-            )
-
-    def _check_choice(self) -> None:
-        choice = self.choice()
-        if self.dynamic_sampling and self.num_generations == 1:
-            raise ValueError(
-                "dynamic_sampling=True keeps groups with unequal rewards, and num_generations=1 has none; sample 2 or more "
-                "a prompt, or set dynamic_sampling=False"
-            )
-        if self.rollout_ahead and (choice.dynamic_sampling or choice.curricula):
-            raise ValueError(
-                "dynamic_sampling, skip_solved_after and curriculum choose prompts by the rewards before them, and "
-                "rollout_ahead=1 asks for the next rollout before this one's rewards are known; set rollout_ahead=0"
-            )
-
-    def _check_batches(self) -> None:
-        group, batch, accumulation = (
-            self.num_generations,
-            self.per_device_train_batch_size,
-            self.gradient_accumulation_steps,
-        )
-        if group == 1 and self.advantage_form in NEEDS_A_GROUP:
-            raise ValueError(
-                f"num_generations=1 makes every {self.advantage_form!r} advantage 0; sample 2 or more a prompt, or set "
-                f"advantage to one of {', '.join(sorted(set(ADVANTAGES) - NEEDS_A_GROUP))}"
-            )
-        if self.generation_batch_size is not None and self.steps_per_generation is not None:
-            raise ValueError(
-                f"generation_batch_size={self.generation_batch_size} and steps_per_generation="
-                f"{self.steps_per_generation} say the same thing twice; set one of them"
-            )
-        if self.generation_batch_size is not None and self.generation_batch_size % (batch * self.world_size):
-            raise ValueError(
-                f"generation_batch_size={self.generation_batch_size} is not a multiple of per_device_train_batch_size * "
-                f"processes = {batch} * {self.world_size}; nearest: "
-                f"{_nearest(self.generation_batch_size, batch * self.world_size)}"
-            )
-        steps = self._steps_per_generation
-        if steps % accumulation or steps == 0:
-            raise ValueError(
-                f"steps_per_generation={steps} is not a multiple of gradient_accumulation_steps={accumulation}, so a "
-                f"rollout would not hold whole optimizer steps; nearest: {_nearest(steps, accumulation)}"
-            )
-        if batch * steps % group:
-            raise ValueError(
-                f"each process samples per_device_train_batch_size * steps_per_generation = {batch} * {steps} = "
-                f"{batch * steps} completions at a time, which does not hold whole groups of num_generations={group}; "
-                f"nearest: {_nearest(batch * steps, group)} completions"
-            )
-
-
-def _nearest(value: int, step: int) -> str:
-    below = value // step * step
-    return " or ".join(str(number) for number in (below, below + step) if number > 0)

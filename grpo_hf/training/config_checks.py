@@ -1,0 +1,176 @@
+"""What GRPOConfig refuses: settings that are no choice, out of bounds, or at odds with each other."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from grpo_hf.algorithm.advantages import ADVANTAGES, NEEDS_A_GROUP
+from grpo_hf.algorithm.correction import CORRECTION_MODES
+from grpo_hf.algorithm.kl import KL_ESTIMATORS
+from grpo_hf.algorithm.losses import LEVELS
+from grpo_hf.algorithm.objective import LOSS_TYPES
+from grpo_hf.packing.layout import LAYOUTS
+from grpo_hf.rollout.weight_sync import LORA_SYNCS
+
+if TYPE_CHECKING:
+    from grpo_hf.training.config import GRPOConfig
+
+
+def check_config(config: GRPOConfig) -> None:
+    """Raises ValueError that names the value, the limit and the fix."""
+    _check_names(config)
+    _check_numbers(config)
+    _check_engine(config)
+    _check_batches(config)
+    _check_choice(config)
+    config.reward_settings()
+    config.chosen_guards()
+
+
+def _check_names(config: GRPOConfig) -> None:
+    choices: dict[str, Iterable[Any]] = {
+        "loss_type": LOSS_TYPES,
+        "importance_sampling_level": LEVELS,
+        "scale_rewards": ("group", "batch", "none"),
+        "kl_estimator": KL_ESTIMATORS,
+        "token_layout": ("auto", *LAYOUTS),
+        "overlong_prompts": ("error", "drop"),
+        "bad_gold_rows": ("error", "drop", "keep"),
+        "vllm_mode": ("colocate", "server"),
+        "vllm_lora_sync": LORA_SYNCS,
+        "rollout_ahead": (0, 1),
+        "vllm_importance_sampling_mode": CORRECTION_MODES,
+    }
+    if config.advantage is not None:
+        choices["advantage"] = ADVANTAGES
+    for name, known in choices.items():
+        value = getattr(config, name)
+        if value not in known:
+            near = difflib.get_close_matches(str(value), map(str, known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, known))}{hint}")
+
+
+def _check_numbers(config: GRPOConfig) -> None:
+    at_least: dict[str, Callable[[Any], bool]] = {
+        "num_generations >= 1": lambda c: c.num_generations >= 1,
+        "num_generations_eval >= 1": lambda c: c.num_generations_eval is None or c.num_generations_eval >= 1,
+        "num_iterations >= 1": lambda c: c.num_iterations >= 1,
+        "max_completion_length >= 1": lambda c: c.max_completion_length >= 1,
+        "tokens_per_microbatch >= 1": lambda c: c.tokens_per_microbatch >= 1,
+        "temperature > 0": lambda c: c.temperature > 0,
+        "eval_temperature >= 0": lambda c: c.eval_temperature is None or c.eval_temperature >= 0,
+        "0 < top_p <= 1": lambda c: 0 < c.top_p <= 1,
+        "dynamic_sampling_max_rounds >= 1": lambda c: c.dynamic_sampling_max_rounds >= 1,
+        "skip_solved_after >= 1": lambda c: c.skip_solved_after is None or c.skip_solved_after >= 1,
+        "revisit_after >= 1": lambda c: c.revisit_after >= 1,
+        "top_k >= 0": lambda c: c.top_k >= 0,
+        "0 <= min_p <= 1": lambda c: c.min_p is None or 0 <= c.min_p <= 1,
+        "repetition_penalty > 0": lambda c: c.repetition_penalty > 0,
+        "vllm_server_timeout > 0": lambda c: c.vllm_server_timeout > 0,
+        "0 < vllm_gpu_memory_utilization <= 1": lambda c: 0 < c.vllm_gpu_memory_utilization <= 1,
+        "vllm_importance_sampling_clip_min <= vllm_importance_sampling_clip_max": lambda c: (
+            None in (c.vllm_importance_sampling_clip_min, c.vllm_importance_sampling_clip_max)
+            or c.vllm_importance_sampling_clip_min <= c.vllm_importance_sampling_clip_max
+        ),
+        "profile >= 0": lambda c: c.profile >= 0,
+        "profile < max_steps": lambda c: c.max_steps <= 0 or c.profile < c.max_steps,
+        "epsilon >= 0": lambda c: c.epsilon >= 0,
+        "epsilon_high >= 0": lambda c: c.epsilon_high is None or c.epsilon_high >= 0,
+        "beta >= 0": lambda c: c.beta >= 0,
+        "0 <= ref_model_mixup_alpha <= 1": lambda c: 0 <= c.ref_model_mixup_alpha <= 1,
+        "ref_model_sync_steps >= 1": lambda c: c.ref_model_sync_steps >= 1,
+        "delta > 1 + epsilon_high": lambda c: (
+            c.delta is None or c.delta > 1 + (c.epsilon if c.epsilon_high is None else c.epsilon_high)
+        ),
+    }
+    for rule, holds in at_least.items():
+        if not holds(config):
+            values = {item.name: getattr(config, item.name) for item in fields(config) if item.name in rule.split()}
+            raise ValueError(f"{', '.join(f'{k}={v}' for k, v in values.items())}, but {rule} is needed")
+    if config.loss_type == "cispo" and (config.epsilon_high or 0) < 1:
+        raise ValueError(
+            f"epsilon_high={config.epsilon_high}: for loss_type='cispo' it is the bound on the ratio itself, and a bound "
+            "below 1 shrinks even on-policy gradients; give one of at least 1, say 5.0"
+        )
+    if config.auto_find_batch_size:
+        raise ValueError("auto_find_batch_size=True would break up groups; lower tokens_per_microbatch instead")
+    if config.sync_ref_model and not config.beta:
+        raise ValueError("sync_ref_model=True needs a reference model, so beta > 0; beta is 0")
+
+
+def _check_engine(config: GRPOConfig) -> None:
+    structured = config.vllm_structured_outputs_regex is not None or config.vllm_structured_outputs_json is not None
+    if structured and not config.use_vllm:
+        raise ValueError("vllm_structured_outputs_regex and vllm_structured_outputs_json need use_vllm=True")
+    if not config.rollout_ahead:
+        return
+    if not config.use_vllm or config.vllm_mode != "server":
+        raise ValueError(
+            f"rollout_ahead=1 samples while training goes on, which takes a server: set use_vllm=True and "
+            f"vllm_mode='server' (use_vllm is {config.use_vllm}, vllm_mode {config.vllm_mode!r})"
+        )
+    if structured or not config.vllm_importance_sampling_correction:
+        raise ValueError(
+            "rollout_ahead=1 trains on samples of older weights, which the loss must be corrected for: set "
+            "vllm_importance_sampling_correction=True and leave structured outputs, which have no log-probs to do it "
+            "with, out"
+        )
+
+
+def _check_choice(config: GRPOConfig) -> None:
+    choice = config.choice()
+    if config.dynamic_sampling and config.num_generations == 1:
+        raise ValueError(
+            "dynamic_sampling=True keeps groups with unequal rewards, and num_generations=1 has none; sample 2 or more "
+            "a prompt, or set dynamic_sampling=False"
+        )
+    if config.rollout_ahead and (choice.dynamic_sampling or choice.curricula):
+        raise ValueError(
+            "dynamic_sampling, skip_solved_after and curriculum choose prompts by the rewards before them, and "
+            "rollout_ahead=1 asks for the next rollout before this one's rewards are known; set rollout_ahead=0"
+        )
+
+
+def _check_batches(config: GRPOConfig) -> None:
+    group, batch, accumulation = (
+        config.num_generations,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+    )
+    if group == 1 and config.advantage_form in NEEDS_A_GROUP:
+        raise ValueError(
+            f"num_generations=1 makes every {config.advantage_form!r} advantage 0; sample 2 or more a prompt, or set "
+            f"advantage to one of {', '.join(sorted(set(ADVANTAGES) - NEEDS_A_GROUP))}"
+        )
+    if config.generation_batch_size is not None and config.steps_per_generation is not None:
+        raise ValueError(
+            f"generation_batch_size={config.generation_batch_size} and steps_per_generation="
+            f"{config.steps_per_generation} say the same thing twice; set one of them"
+        )
+    if config.generation_batch_size is not None and config.generation_batch_size % (batch * config.world_size):
+        raise ValueError(
+            f"generation_batch_size={config.generation_batch_size} is not a multiple of per_device_train_batch_size * "
+            f"processes = {batch} * {config.world_size}; nearest: "
+            f"{_nearest(config.generation_batch_size, batch * config.world_size)}"
+        )
+    steps = config.batches_per_rollout
+    if steps % accumulation or steps == 0:
+        raise ValueError(
+            f"steps_per_generation={steps} is not a multiple of gradient_accumulation_steps={accumulation}, so a "
+            f"rollout would not hold whole optimizer steps; nearest: {_nearest(steps, accumulation)}"
+        )
+    if batch * steps % group:
+        raise ValueError(
+            f"each process samples per_device_train_batch_size * steps_per_generation = {batch} * {steps} = "
+            f"{batch * steps} completions at a time, which does not hold whole groups of num_generations={group}; "
+            f"nearest: {_nearest(batch * steps, group)} completions"
+        )
+
+
+def _nearest(value: int, step: int) -> str:
+    below = value // step * step
+    return " or ".join(str(number) for number in (below, below + step) if number > 0)
