@@ -21,8 +21,7 @@ import torch
 
 from benchmarks.cases import Case, groups_of, make_data, make_model, make_tokenizer
 from benchmarks.side_by_side import RESULTS, Worker, setting
-from grpo_hf.packing.layout import pack
-from grpo_hf.training.config import TOKENS_PER_MICROBATCH
+from grpo_hf.packing.layout import TOKENS_PER_MICROBATCH, pack
 from grpo_hf.training.flops import cost_of, update_flops
 from grpo_hf.training.throughput import matmul_peak
 

@@ -23,7 +23,7 @@ from benchmarks.side_by_side import RESULTS, arguments, measure, setting
 CASES = {
     "192 / 64, equal lengths": Case(192, 64, equal=True),
     "512 / 128": Case(512, 128),
-    "128 / 512": Case(128, 512),
+    "128 / 512": Case(128, 512, budget=2048),
     "2,048 / 64": Case(2048, 64, rows=4),
     "512 / 128, half without signal": Case(512, 128, flat=2),
     "192 / 64, equal, KL": Case(192, 64, equal=True, beta=0.04),

@@ -70,13 +70,6 @@ def test_where_a_default_is_not_trls() -> None:
     assert settings.remove_unused_columns is False, "verifiers read the columns"
 
 
-@pytest.mark.parametrize(("device", "tokens"), [("cpu", 2048), ("cuda:0", 8192)])
-def test_the_default_budget_is_the_devices(monkeypatch: pytest.MonkeyPatch, device: str, tokens: int) -> None:
-    monkeypatch.setattr(GRPOConfig, "device", torch.device(device))
-    assert GRPOConfig().tokens_per_microbatch == tokens
-    assert GRPOConfig(tokens_per_microbatch=100).tokens_per_microbatch == 100
-
-
 def test_every_setting_has_a_help_text() -> None:
     assert [item.name for item in dataclasses.fields(GRPOConfig) if not item.metadata.get("help")] == []
 

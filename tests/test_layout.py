@@ -3,9 +3,10 @@
 import random
 from collections import Counter
 
+import pytest
 import torch
 
-from grpo_hf.packing.layout import num_padded_tokens, num_tokens, pack, packed_batch, pad, padded_batch
+from grpo_hf.packing.layout import default_budget, num_padded_tokens, num_tokens, pack, packed_batch, pad, padded_batch
 from grpo_hf.types import Group, PackedBatch
 from tests.tiny import group, random_groups
 
@@ -136,3 +137,18 @@ def test_moving_a_batch_moves_its_structure() -> None:
     tensors = [batch.input_ids, batch.advantages, batch.prefix_layout.prompt_of, batch.prefix_layout.position_of]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert isinstance(GROUPS[0], Group)
+
+
+@pytest.mark.parametrize(
+    ("device", "prompt", "group", "budget"),
+    [
+        ("cpu", 100, 600, 2048),
+        ("cpu", 100, 100_000, 2048),
+        ("cpu", 2048, 2560, 2560),  # the whole group
+        ("cpu", 2048, 100_000, 8192),  # cut, the prompt in every piece
+        ("cuda:0", 2048, 100_000, 8192),
+        ("cuda:0", 4096, 100_000, 16_384),
+    ],
+)
+def test_the_default_budget(device: str, prompt: int, group: int, budget: int) -> None:
+    assert default_budget(torch.device(device), longest_prompt=prompt, longest_group=group) == budget

@@ -25,10 +25,6 @@ from grpo_hf.training.trl_names import TRL_ONLY
 
 Class = TypeVar("Class", bound=type)
 
-TOKENS_PER_MICROBATCH = {"cpu": 2048, "cuda": 8192}
-"""Default of tokens_per_microbatch by device: beyond 2,000 tokens a CPU spends its time on fresh memory (4,000 tokens took
-1.08 and 8,000 took 1.3 times as long a token, `benchmarks.scaling`'s model), a GPU wants many."""
-
 
 def refuse_unknown_names(config_class: Class) -> Class:
     """Make a misspelt or unsupported setting say what to use instead."""
@@ -170,8 +166,10 @@ class GRPOConfig(TrainingArguments):
     mask_truncated_completions: bool = option(False, "Leave completions that hit the length limit out of the loss.")
 
     # Cost
-    tokens_per_microbatch: int = option(
-        None, "Tokens of one forward pass; changes memory and speed, not the gradient. None: 8192, on a CPU 2048."
+    tokens_per_microbatch: int | None = option(
+        None,
+        "Tokens of one forward pass; changes memory and speed, not the gradient. None: 8192, on a CPU 2048, or more where "
+        "prompts are long.",
     )
     token_layout: str = option(
         "auto", "'packed' (prompts shared, no padding), 'padded', or 'auto': packed if the model can."
@@ -199,8 +197,6 @@ class GRPOConfig(TrainingArguments):
             self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported()
         super().__post_init__()
         self.remove_unused_columns = False
-        if self.tokens_per_microbatch is None:
-            self.tokens_per_microbatch = TOKENS_PER_MICROBATCH["cpu" if self.device.type == "cpu" else "cuda"]
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if isinstance(self.scale_rewards, bool):

@@ -60,7 +60,7 @@ def _check_numbers(config: GRPOConfig) -> None:
         "num_generations_eval >= 1": lambda c: c.num_generations_eval is None or c.num_generations_eval >= 1,
         "num_iterations >= 1": lambda c: c.num_iterations >= 1,
         "max_completion_length >= 1": lambda c: c.max_completion_length >= 1,
-        "tokens_per_microbatch >= 1": lambda c: c.tokens_per_microbatch >= 1,
+        "tokens_per_microbatch >= 1": lambda c: c.tokens_per_microbatch is None or c.tokens_per_microbatch >= 1,
         "temperature > 0": lambda c: c.temperature > 0,
         "eval_temperature >= 0": lambda c: c.eval_temperature is None or c.eval_temperature >= 0,
         "0 < top_p <= 1": lambda c: 0 < c.top_p <= 1,

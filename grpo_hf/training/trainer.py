@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,8 @@ from grpo_hf.algorithm.sequences import sequence_mean
 from grpo_hf.evaluation import evaluate_prompts
 from grpo_hf.metrics import Metrics
 from grpo_hf.packing.choose import choose_layout, disable_dropout
+from grpo_hf.packing.layout import default_budget
 from grpo_hf.packing.logprobs import batch_logprobs
-from grpo_hf.packing.split import split
 from grpo_hf.rewards import RewardSpec, Scorer
 from grpo_hf.rewards.faults import merged, stop_if_faulty
 from grpo_hf.rollout.peers import Peers
@@ -55,14 +54,13 @@ from grpo_hf.training.checks import (
     checked_rewards,
     not_finite,
     refuse_arguments,
-    weights_not_finite,
 )
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import make_engine, make_sampling
-from grpo_hf.training.guards import GuardError, Guards, Seen, is_out_of_memory
+from grpo_hf.training.guarded import GuardedTrainer, Measured
+from grpo_hf.training.guards import Seen
 from grpo_hf.training.models import causal_lm, frozen_copy, is_sharded, load_config, load_model, load_tokenizer, run_inside
 from grpo_hf.training.profiling import Profile
-from grpo_hf.training.resumable import ResumableTrainer
 from grpo_hf.training.throughput import Throughput
 from grpo_hf.types import PackedBatch
 
@@ -71,11 +69,8 @@ logger = logging.get_logger(__name__)
 SPREAD = ("sampling/sampling_logp_difference", "sampling/importance_sampling_ratio")
 """Per-token values that are logged with their smallest and largest."""
 
-Measured = tuple[PackedBatch, dict[str, Tensor]]
-"""A micro-batch and the per-token values of its loss."""
 
-
-class GRPOTrainer(ResumableTrainer):
+class GRPOTrainer(GuardedTrainer):
     """Train a causal LM with GRPO (Shao et al. 2024, arXiv 2402.03300) and its descendants.
 
     The constructor is TRL's. `model` is a name, a path or a causal LM; `reward_funcs` one or several of: a registered
@@ -163,8 +158,6 @@ class GRPOTrainer(ResumableTrainer):
         self.ref_model = self._make_reference() if self.objective.beta else None
         if self.args.sync_ref_model and self.ref_model is not None:
             self.add_callback(SyncReference(self.model, self.ref_model))
-        self.guards = Guards(self.args.chosen_guards())
-        self._skips_step = False
 
     # ---- Setting up
 
@@ -196,6 +189,12 @@ class GRPOTrainer(ResumableTrainer):
             trainer_state=lambda: self.state,
         )
         seed = args.seed if args.data_seed is None else args.data_seed
+        longest = max(map(len, self.prompts.ids))
+        budget = args.tokens_per_microbatch or default_budget(
+            args.device,
+            longest_prompt=longest,
+            longest_group=longest + args.num_generations * args.max_completion_length,
+        )
         return RolloutStream(
             prompts=self.prompts,
             order=PromptOrder(len(self.prompts), args.prompts_per_rollout, seed, args.shuffle_dataset),
@@ -206,7 +205,7 @@ class GRPOTrainer(ResumableTrainer):
                 advantage=args.advantage_form,
                 updates_per_rollout=args.updates_per_rollout,
                 layout=layout,
-                tokens_per_microbatch=args.tokens_per_microbatch,
+                tokens_per_microbatch=budget,
                 max_completion_length=args.max_completion_length,
                 mask_truncated_completions=args.mask_truncated_completions,
                 keep_zero_signal=args.keep_zero_signal or self.objective.needs_every_token,
@@ -280,7 +279,7 @@ class GRPOTrainer(ResumableTrainer):
             return torch.zeros((), device=self.args.device)
         update: Update = inputs["update"]
         model.train()
-        loss, measured = self._with_less_memory(model, update)
+        loss, measured = self._with_less_memory(lambda: self._forward_backward(model, update), update)
         values = self._step_means(loss, measured)
         self._skips_step = self._guarded(values, partial(not_finite, self.model, str(self.args.output_dir), update))
         if math.isfinite(values["loss"]):
@@ -304,45 +303,6 @@ class GRPOTrainer(ResumableTrainer):
                 if batch.weight:
                     measured.append((batch, {name: value.detach() for name, value in values.items()}))
         return loss, measured
-
-    def _with_less_memory(self, model: nn.Module, update: Update) -> tuple[Tensor, list[Measured]]:
-        """`_forward_backward`, tried once more on micro-batches of half the tokens when memory has run out."""
-        own = [batch for batch in update.microbatches if batch.old_logprobs is None]
-        try:
-            return self._forward_backward(model, update)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            self._halve_budget(update, error)
-        # Outside the except clause, which keeps the failed pass's activations.
-        for batch in own:
-            batch.old_logprobs = None
-        model.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        for planned in self.stream.rollout.updates if self.stream.rollout else [update]:
-            planned.microbatches = [
-                part
-                for batch in planned.microbatches
-                for part in split(batch, tokens_per_microbatch=self.stream.plan.tokens_per_microbatch)
-            ]
-        return self._with_less_memory(model, update)
-
-    def _halve_budget(self, update: Update, error: RuntimeError) -> None:
-        """For the rest of the run; raises when that was done before, or when other processes would have to join in."""
-        budget, largest = self.stream.plan.tokens_per_microbatch, max(batch.num_tokens for batch in update.microbatches)
-        step = self.state.global_step + 1
-        said = f"out of memory in step {step} on micro-batches of up to {largest} tokens, tokens_per_microbatch={budget}"
-        if self.peers.count > 1:  # they wait in a collective, where a checkpoint would wait for them
-            raise torch.OutOfMemoryError(f"{said}; set tokens_per_microbatch={max(1, budget // 2)}: {error}") from error
-        if self._halved_budget is not None or budget == 1:
-            raise GuardError(
-                f"{said}, which was halved before: lower it, max_completion_length={self.args.max_completion_length} or the "
-                f"length of prompts, or set gradient_checkpointing=True: {error}"
-            ) from error
-        self._set_budget(budget // 2)
-        logger.warning(f"{said}; from here on it is {budget // 2}, and the step is taken again with the same numbers")
-        self.metrics.maximum("guards/out_of_memory", 1.0)
 
     def _loss(self, model: nn.Module, batch: PackedBatch, update: Update) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = self._logprobs(model, self.model, batch)
@@ -393,49 +353,6 @@ class GRPOTrainer(ResumableTrainer):
             return self._no_grad_logprobs(self.ref_model, self.ref_model, batch)
         with self.model.disable_adapter():
             return self._no_grad_logprobs(self.model_wrapped, self.model, batch)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Trainer's, with a look at it before it reaches the weights, and without the gradients of a step that is skipped.
-
-        fp16's gradient scaler makes such gradients itself, finds them, and leaves out the step.
-        """
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if grad_norm is not None and self.accelerator.scaler is None and not self._skips_step:
-            explain = partial(not_finite, self.model, str(self.args.output_dir))
-            self._skips_step = self._guarded({"gradient norm": float(grad_norm)}, explain)
-        if self._skips_step:
-            model.zero_grad()  # to None: from a gradient of zero, momentum and weight decay would still move weights
-        if self.guards.may_skip:
-            self.metrics.mean("guards/skipped_steps", float(self._skips_step))
-        return grad_norm
-
-    # ---- Guards
-
-    def _step_means(self, loss: Tensor, measured: list[Measured]) -> dict[str, float]:
-        """The loss and the means over an update's tokens, over all processes, by metric name."""
-        mine = {"loss": (loss.item(), 1)}
-        for name in measured[0][1] if measured else ():
-            values = [of_tokens[name] for _, of_tokens in measured]
-            mine[name] = (sum(value.sum() for value in values).item(), sum(map(len, values)))  # type: ignore[union-attr]
-        everyone = self.peers.gather(mine)
-        means: dict[str, float] = {}
-        for name in dict.fromkeys(name for part in everyone for name in part):
-            totals, counts = zip(*(part[name] for part in everyone if name in part), strict=True)
-            means[name] = sum(totals) / sum(counts)
-        if (rollout := self.stream.rollout) is not None:
-            means["sampling/staleness"] = rollout.index * self.stream.steps_per_rollout - rollout.version
-        return means
-
-    def _guarded(self, values: dict[str, float], explain: Callable[[], str], *, taken: bool = False) -> bool:
-        """Whether to skip the step; ``taken``: it is too late for that. Raises GuardError where a guard stops the run."""
-        readings = self.guards.look(Seen(self.state.global_step + (not taken), values, explain=explain))
-        for name, reading in readings.items():
-            self.metrics.maximum(f"guards/{name}", float(reading.tripped))
-        return self.guards.act(readings, can_skip=not taken)
-
-    def _guard_weights(self, norm: float) -> None:
-        explain = partial(weights_not_finite, self.state.global_step, self.model, self.args)
-        self._guarded({"norm of the weights": norm}, explain, taken=True)
 
     # ---- Evaluation
 
