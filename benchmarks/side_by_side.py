@@ -99,7 +99,7 @@ def measure(case: Case, sides: Sequence[str], repeats: int) -> dict[str, Any]:
 
 
 def compare_gradients(folder: Path, sides: Sequence[str]) -> dict[str, float]:
-    """Cosine of each side's first gradient with the last side's; ends the command where they do not take the same step."""
+    """Cosine of each side's gradient with the last side's; ends the command where they do not take the same step."""
     gradients = {side: torch.load(gradient_file(folder, side)).double() for side in sides}
     cosines = {side: torch.cosine_similarity(g, gradients[sides[-1]], dim=0).item() for side, g in gradients.items()}
     if min(cosines.values()) < LEAST_COSINE:

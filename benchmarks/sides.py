@@ -57,12 +57,15 @@ class Clock(TrainerCallback):
         self.tokens += kwargs["input_ids"].numel()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the first gradient."""
-        if state.global_step == 0 and self.first:
+        """Keep the first rollout's gradient, the sum of its updates': TRL shuffles completions between them."""
+        if state.global_step < self.case.updates and self.first:
             parts = {
                 name.removeprefix("module."): p.grad for name, p in kwargs["model"].named_parameters() if p.requires_grad
             }
-            torch.save(torch.cat([parts[name].flatten() for name in sorted(parts)]), self.gradient)
+            gradient = torch.cat([parts[name].flatten() for name in sorted(parts)])
+            if state.global_step:
+                gradient += torch.load(self.gradient)
+            torch.save(gradient, self.gradient)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Answer with what an optimizer step took; the peak is the process's own, in MiB."""
@@ -218,7 +221,7 @@ SIDES: dict[str, Callable[..., Any]] = {
 
 
 def gradient_file(folder: Path, side: str) -> Path:
-    """Where a side leaves its first gradient."""
+    """Where a side leaves the gradient of its first rollout."""
     return folder / f"{side}.pt"
 
 
