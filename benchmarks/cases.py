@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -90,9 +91,9 @@ class Data:
     """Prompts, as text, whose completions all have the same reward."""
 
     def reward(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        """The share of words with an even number; 0.5 where there is to be no signal."""
+        """The mean of the words' numbers, which hardly ever is that of another completion; 0 for no signal."""
         return [
-            0.5 if prompt in self.flat else sum(word[-1] in "02468" for word in text.split()) / len(text.split())
+            0.0 if prompt in self.flat else fmean(int(word.removeprefix("w")) for word in text.split())
             for prompt, text in zip(prompts, completions, strict=True)
         ]
 
