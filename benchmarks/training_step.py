@@ -19,11 +19,12 @@ from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.side_by_side import RESULTS, arguments, measure, setting
+from grpo_hf.packing.layout import TOKENS_PER_MICROBATCH
 
 CASES = {
     "192 / 64, equal lengths": Case(192, 64, equal=True),
     "512 / 128": Case(512, 128),
-    "128 / 512": Case(128, 512, budget=2048),
+    "128 / 512": Case(128, 512, budget=TOKENS_PER_MICROBATCH["cpu"]),
     "2,048 / 64": Case(2048, 64, rows=4),
     "512 / 128, half without signal": Case(512, 128, flat=2),
     "192 / 64, equal, KL": Case(192, 64, equal=True, beta=0.04),
@@ -36,15 +37,21 @@ SIDES = ("trl", "padded", "grpo_hf")
 OUTPUT = RESULTS / "training_step.json"
 
 
+def seconds(measured: dict[str, Any]) -> str:
+    """The median, the fastest and the slowest."""
+    low, high = measured["wall_spread_s"]
+    return f"{measured['wall_s']:.2f} ({low:.1f}-{high:.1f})"
+
+
 def table(results: dict[str, Any]) -> str:
     """One line a case."""
     lines = [
-        f"{'':31}{'seconds a step':^24}{'TRL / ours':^29}{'padded / ours':^29}",
-        f"{'prompt / completion':31}{'TRL':>8}{'padded':>8}{'ours':>8}"
+        f"{'':31}{'seconds a step, fastest and slowest':^66}{'TRL / ours':^29}{'padded / ours':^29}",
+        f"{'prompt / completion':31}{'TRL':>22}{'padded':>22}{'ours':>22}"
         + 2 * f"{'time':>8}{'cpu':>7}{'tokens':>7}{'peak':>7}",
     ]
     for name, result in results.items():
-        line = f"{name:31}" + "".join(f"{result[side]['wall_s']:8.2f}" for side in SIDES)
+        line = f"{name:31}" + "".join(f"{seconds(result[side]):>22}" for side in SIDES)
         for side in ("trl", "padded"):
             ratios = result[f"{side}_over_grpo_hf"]
             line += (

@@ -70,6 +70,11 @@ def test_where_a_default_is_not_trls() -> None:
     assert settings.remove_unused_columns is False, "verifiers read the columns"
 
 
+@pytest.mark.parametrize(("setting", "budget"), [({}, 2048), ({"tokens_per_microbatch": 100}, 100)])
+def test_the_budget_is_the_devices_unless_it_is_given(tmp_path: Path, setting: dict, budget: int) -> None:
+    assert tiny_trainer(tmp_path, **setting).stream.plan.tokens_per_microbatch == budget
+
+
 def test_every_setting_has_a_help_text() -> None:
     assert [item.name for item in dataclasses.fields(GRPOConfig) if not item.metadata.get("help")] == []
 
