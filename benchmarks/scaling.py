@@ -1,4 +1,4 @@
-"""What a unique token costs, by group size, prompt length, vocabulary and processes: `python -m benchmarks.scaling`.
+"""What a unique token costs, by group size, token budget, prompt length, vocabulary, processes: `python -m benchmarks.scaling`.
 
 The packed side of sides.py alone, in float32: seconds of the training phase over the tokens of an update that are there
 once (every prompt, and every completion, its last token included). The head is work that only completion tokens have, so
@@ -30,6 +30,10 @@ BASE = Case(192, 64, equal=True)
 SAMPLES = Case(64, 128, equal=True, budget=TOKENS_PER_MICROBATCH["cpu"])
 AXES: dict[str, dict[str, Case]] = {
     "group size": {str(size): replace(SAMPLES, groups=64 // size, group_size=size, rows=size) for size in (2, 8, 64)},
+    "budget": {
+        f"{tokens:,}": replace(SAMPLES, groups=1, group_size=64, rows=64, budget=tokens)
+        for tokens in (1024, 2048, 4096, 8192)
+    },
     "prompt": {str(length): replace(BASE, prompt=length) for length in (64, 256, 1024, 2048)},
     "vocabulary": {f"{size:,}": replace(BASE, vocabulary=size) for size in (1_000, 8_000, 32_000, 152_000)},
     "weights": {"40 million": BASE, "100 million": replace(BASE, hidden=640, layers=10)},

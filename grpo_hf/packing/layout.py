@@ -13,8 +13,8 @@ import torch
 from grpo_hf.types import Completion, Group, PackedBatch, PrefixLayout
 
 TOKENS_PER_MICROBATCH = {"cpu": 2048, "cuda": 8192}
-"""Budget by device. Beyond 2,000 tokens a CPU spends its time on fresh memory (measured: 4,000 tokens took 1.08 and 8,000
-took 1.3 times as long a token); a GPU wants many."""
+"""Budget by device: with more tokens a CPU spends its time on fresh memory (`python -m benchmarks.scaling --axis budget`); a
+GPU wants many."""
 
 
 def default_budget(device: torch.device, *, longest_prompt: int, longest_group: int) -> int:

@@ -32,7 +32,7 @@ on a GPU, so that there are many tokens to each pass over a head of 150,000 word
 
 TOKENS_PER_CHUNK = 256
 """Tokens made at a time at least, however many words the head has: each chunk reads the head's weights and their gradient
-again (152,000 words, 896 dimensions, on a CPU: 4.4 s, where chunks of 55 tokens took 6.4)."""
+again, which takes longer than the products of a few tokens."""
 
 LOGITS_KEPT = {"cpu": 2**24, "cuda": 2**28}
 """Log-probs that a forward pass leaves for the backward pass at most, which need not be made again then."""
