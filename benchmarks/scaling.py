@@ -1,4 +1,4 @@
-"""What a unique token costs, by group size, token budget, prompt length, vocabulary, processes: `python -m benchmarks.scaling`.
+"""What a unique token costs, by group size, budget, prompt, vocabulary and processes: `python -m benchmarks.scaling`.
 
 The packed side of sides.py alone, in float32: seconds of the training phase over the tokens of an update that are there
 once (every prompt, and every completion, its last token included). The head is work that only completion tokens have, so
