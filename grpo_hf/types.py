@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 Message = dict[str, Any]
@@ -78,6 +78,64 @@ class Sample:
     """Sampled token ids."""
     row: dict[str, Any]
     """All columns of the dataset row."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSample:
+    """One sequence of tokens that is trained on: no text, no dataset row.
+
+    A completion is one sample as a rule, and several where its history was rewritten between turns: they share a beginning,
+    and each sampled token is a target in one of them.
+    """
+
+    ids: tuple[int, ...]
+    """The whole sequence: prompt, what the model wrote, what tools answered."""
+    is_target: Bool[Tensor, " time"]
+    """Which of them the model chose and are trained on; never the first, which nothing predicts."""
+    advantages: Float[Tensor, " time"]
+    """What the loss multiplies a target by; 0 where there is none."""
+    completion: int
+    """The completion that it is of, by its number in the rollout, over all processes."""
+    group: int
+    """The group that the completion is of, likewise."""
+    completion_length: int
+    """Targets of the whole completion, in all its samples."""
+    versions: Int[Tensor, " target"]
+    """Updates that had been finished when the weights were taken that chose each target."""
+    rollout_logprobs: Float[Tensor, " target"] | None = None
+    """The engine's log-prob of each target, in nats; NaN where it gave none, None where it gave none at all."""
+    old_logprobs: Float[Tensor, " target"] | None = None
+    """The trainer's under the weights that sampled; None while these are the current ones."""
+    ref_logprobs: Float[Tensor, " target"] | None = None
+    """The reference model's; None without a KL term."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """The targets of one micro-batch as a loss sees them, in nats where they are log-probs.
+
+    One entry for each time that a token is trained on: two completions that begin alike have an entry each.
+    """
+
+    logprobs: Float[Tensor, " token"]
+    """log π_θ; carries the gradient."""
+    entropy: Float[Tensor, " token"]
+    """The entropy of π_θ where the token was chosen; carries the gradient."""
+    advantages: Float[Tensor, " token"]
+    """A constant."""
+    old_logprobs: Float[Tensor, " token"]
+    """log π_old, of the weights that sampled; a constant, equal to ``logprobs`` on a rollout's first update."""
+    completion: Int[Tensor, " token"]
+    """The completion that each token belongs to, counted from 0 in this batch, which holds all of a completion's tokens
+    wherever something is summed over it."""
+    lengths: Int[Tensor, " completion"]
+    """Targets of each completion, those without gradient that are not in the batch too."""
+    rollout_logprobs: Float[Tensor, " token"] | None = None
+    """log μ, the engine's; NaN where it gave none; a constant."""
+    ref_logprobs: Float[Tensor, " token"] | None = None
+    """log π_ref; a constant."""
+    log_ratio: Float[Tensor, " token"] | None = None
+    """log(π_θ / π_old) by token, or by completion, repeated over its tokens; carries the gradient; set by the objective."""
 
 
 @dataclass
