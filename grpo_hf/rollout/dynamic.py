@@ -13,7 +13,6 @@ from types import FunctionType
 
 from transformers.utils import logging
 
-from grpo_hf.metrics import Metrics
 from grpo_hf.rewards.loading import load_function, nearest
 from grpo_hf.rollout.prompts import PromptOrder
 from grpo_hf.types import Completion, Group
@@ -204,17 +203,6 @@ def pass_rate(group: Group, solved_reward: float) -> float:
 def chosen(groups: list[Group], share: int) -> list[Group]:
     """Informative groups first, in the order drawn; the others, whose gradient is 0, where those are too few."""
     return sorted(groups, key=lambda group: not is_informative(group))[:share]
-
-
-def record_dynamic(metrics: Metrics, groups: list[Group], kept: list[Group], rounds: int) -> None:
-    """Log what was sampled for what is kept; `reward` and its like are of the kept groups alone."""
-    metrics.mean("dynamic/acceptance", sum(map(is_informative, groups)), len(groups))
-    metrics.mean("dynamic/sampled_per_kept", len(groups), len(kept))
-    metrics.mean("dynamic/rounds", rounds)
-    rewards = [item.reward for group in groups for item in _scored(group)]
-    metrics.mean("dynamic/reward", math.fsum(rewards), len(rewards))
-    tokens = [sum(len(item.ids) for group in part for item in group.completions) for part in (groups, kept)]
-    metrics.total("tokens/sampled", tokens[0] - tokens[1])
 
 
 def solved_skipper(after: int, revisit_after: int) -> Curriculum:

@@ -225,6 +225,11 @@ class GRPOConfig(TrainingArguments):
         return self.batches_per_rollout // self.gradient_accumulation_steps
 
     @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps taken on one rollout."""
+        return self.updates_per_rollout * self.num_iterations
+
+    @property
     def prompts_per_rollout(self) -> int:
         """Prompts sampled at a time, over all processes."""
         return self.per_device_train_batch_size * self.batches_per_rollout * self.world_size // self.num_generations
