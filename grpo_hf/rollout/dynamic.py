@@ -9,11 +9,9 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from types import FunctionType
 
 from transformers.utils import logging
 
-from grpo_hf.rewards.loading import load_function, nearest
 from grpo_hf.rollout.prompts import PromptOrder
 from grpo_hf.types import Completion, Group
 
@@ -47,25 +45,6 @@ def skip_solved(history: History, *, after: int = 2, revisit_after: int = 3) -> 
 
 CURRICULA: dict[str, Curriculum] = {"skip_solved": skip_solved}
 """By name."""
-
-
-def get_curriculum(spec: str | Curriculum) -> Curriculum:
-    """A name of CURRICULA, `package.module:function`, `path/file.py:function` or a function.
-
-    Raises:
-        ValueError: an unknown name, or a function that a checkpoint cannot name: a lambda, or one inside another.
-    """
-    if callable(spec):
-        if not isinstance(spec, FunctionType) or "<" in spec.__qualname__:
-            raise ValueError(f"curriculum={spec!r}: checkpoints keep it by its name; give a function at the top of a file")
-        return spec
-    if spec in CURRICULA:
-        return CURRICULA[spec]
-    place, colon, name = spec.rpartition(":")
-    if not colon:
-        hint = nearest(spec, CURRICULA)
-        raise ValueError(f"curriculum={spec!r} is not one of {', '.join(CURRICULA)}{hint}, nor path/file.py:function")
-    return load_function(place, name, spec)
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ class GRPOTrainer(Trainer):
             keep_zero_signal=args.keep_zero_signal or self.objective.needs_every_token,
             whole_completions=self.objective.needs_whole_completions,
             # A local mean is over the completions that a process has sampled itself.
-            balance=args.balance_processes and self.peers.count > 1 and not self.objective.is_local,
+            balance=args.balance_processes and self.peers.count > 1 and not self.objective.needs_own_completions,
         )
 
     def _make_stream(self, tokenizer: PreTrainedTokenizerBase) -> RolloutStream:
