@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from grpo_hf import GRPOConfig
 from grpo_hf.algorithm.aggregation import Denominators
-from grpo_hf.algorithm.objective import LOSS_TYPES
+from grpo_hf.algorithm.losses import LOSSES
 from grpo_hf.training.trl_names import TRL_ONLY
 from tests.tiny import tiny_trainer
 
@@ -158,7 +158,7 @@ def test_which_advantage_a_run_uses(settings: dict, form: str) -> None:
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss_type_makes_an_objective(loss_type: str, level: str) -> None:
     """On the first update, π_θ = π_old, one more likely token of a better completion lowers the loss."""
     bound = {"epsilon_high": 5.0} if loss_type == "cispo" else {}

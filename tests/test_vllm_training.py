@@ -88,7 +88,7 @@ def test_the_reward_rises(tmp_path: Path, lora: bool) -> None:
     settings = {"max_steps": 25, "learning_rate": 0.01, "num_generations": 8, "per_device_train_batch_size": 32}
     trainer = vllm_trainer(tmp_path, reward=reward, peft_config=LORA if lora else None, seed=3, **settings)
     base = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
-    assert isinstance(trainer.sampler.engine, VLLMEngine)
+    assert isinstance(trainer.stream.sampler.engine, VLLMEngine)
     trainer.train()
     rewards = [line["reward"] for line in lines(trainer)]
     print(f"\n{'lora' if lora else 'full'}: reward {rewards[0]:.2f} -> {sum(rewards[-5:]) / 5:.2f}")

@@ -244,6 +244,11 @@ class GRPOTrainer(Trainer):
             choice=args.choice(),
         )
 
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference model; None without one, and under LoRA, where it is the model with its adapter switched off."""
+        return self.policy.reference
+
     # ---- Rollouts
 
     def get_train_dataloader(self) -> Updates:  # type: ignore[override]
