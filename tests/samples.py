@@ -70,3 +70,8 @@ def samples_that_share(seed: int, *, count: int = 12, longest: int = 14, vocab: 
         made.append(sample(ids, targets, completion=completion))
     advantages = [torch.where(item.is_target, torch.randn(len(item.ids), generator=generator), 0.0) for item in made]
     return [replace(item, advantages=values) for item, values in zip(made, advantages, strict=True)]
+
+
+def even_words(completion: str) -> float:
+    """A reward that tells random completions apart."""
+    return float(sum(int(word.removeprefix("w")) % 2 == 0 for word in completion.split()))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallba
 
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.trainer import GRPOTrainer
-from tests.samples import UNEVEN, VOCAB, group, random_groups, samples_of
+from tests.samples import UNEVEN, VOCAB, even_words, group, random_groups, samples_of
 from tests.tiny_models import FAMILIES, SIZES, WORDS, gradient_of, relative_error, tiny_model, tiny_tokenizer
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "UNEVEN",
     "VOCAB",
     "WORDS",
+    "even_words",
     "gradient_of",
     "group",
     "random_groups",
@@ -30,11 +31,6 @@ __all__ = [
 ]
 
 PROMPTS = [{"prompt": prompt} for prompt in ("w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w1 w2", "w3 w2 w1", "w9 w9 w9 w9")]
-
-
-def even_words(completion: str) -> float:
-    """A reward that tells random completions apart."""
-    return float(sum(int(word.removeprefix("w")) % 2 == 0 for word in completion.split()))
 
 
 def tiny_trainer(
