@@ -16,8 +16,8 @@ def token_batch(
     engine_ratios: Sequence[float] | None = None,
     ref_ratios: Sequence[float] | None = None,
 ) -> TokenBatch:
-    """Tokens with log π_θ = -1 and entropy 1, by π_θ / π_old, π_old / μ and π_ref / π_θ; each its own completion unless said,
-    and completions as long as they are here. ``log_ratio`` is the token's, as at the token level."""
+    """Tokens with log π_θ = -1 and entropy 1, by π_θ / π_old, π_old / μ and π_ref / π_θ; each its own completion unless
+    said, and completions as long as they are here. ``log_ratio`` is the token's, as at the token level."""
 
     def constants(numbers: Sequence[float]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.float64)

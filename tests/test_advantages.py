@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from torch import Tensor
 
 from grpo_hf.algorithm.advantages import ADVANTAGES, NEEDS_A_GROUP, weighted_sum
@@ -131,9 +130,9 @@ def test_these_are_of_the_weighted_sum(name: str) -> None:
 
 
 def test_gdpo_normalizes_each_objective_first() -> None:
-    # First group: scores 0, 2 have mean 1, std √2, so z = ∓1 / 1.4143136 = ∓0.7070568; scores 0, 1 have mean 1/2, std 1/√2, so
-    # z = ∓0.5 / 0.7072068 = ∓0.7070068. Second: 0 for the equal scores, ±0.7070068. With weights 1 and 2: Z = ∓2.1210704 and
-    # ±1.4140136, whose squares add up to 12.9967480; over 3, root: 2.0814056, and + 1e-4.
+    # First group: scores 0, 2 have mean 1, std √2, so z = ∓1 / 1.4143136 = ∓0.7070568; scores 0, 1 have mean 1/2, std 1/√2,
+    # so z = ∓0.5 / 0.7072068 = ∓0.7070068. Second: 0 for the equal scores, ±0.7070068. With weights 1 and 2: Z = ∓2.1210704
+    # and ±1.4140136, whose squares add up to 12.9967480; over 3, root: 2.0814056, and + 1e-4.
     scores = torch.tensor([[[0.0, 0.0], [2.0, 1.0]], [[3.0, 1.0], [3.0, 0.0]]])
     advantages = ADVANTAGES["gdpo"](scores, torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(advantages, torch.tensor([[-1.0190079, 1.0190079], [0.6793225, -0.6793225]]))
@@ -143,8 +142,8 @@ def test_gdpo_normalizes_each_objective_first() -> None:
 
 
 def test_gdpo_leaves_out_what_does_not_apply() -> None:
-    # First group: scores 0, 2, 4 have std 2, so z = ∓2 / 2.0001 = ∓0.9999500 and 0; scores 0 and 1 give z = ∓0.7070068 as above.
-    # Z = ∓2.4139636, 0 and ±1.4140136: squares 15.6533096, over 5 - 1, root: 1.9782131, and + 1e-4.
+    # First group: scores 0, 2, 4 have std 2, so z = ∓2 / 2.0001 = ∓0.9999500 and 0; scores 0 and 1 give z = ∓0.7070068 as
+    # above. Z = ∓2.4139636, 0 and ±1.4140136: squares 15.6533096, over 5 - 1, root: 1.9782131, and + 1e-4.
     scores = torch.tensor([[[0.0, 0.0], [2.0, NAN], [4.0, 1.0]], [[3.0, 1.0], [3.0, 0.0], [NAN, NAN]]])
     advantages = ADVANTAGES["gdpo"](scores, torch.tensor([1.0, 2.0]))
     expected = [[-1.2202131, 0.0, 1.2202131], [0.7147572, -0.7147572, 0.0]]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from grpo_hf import GRPOConfig, GRPOTrainer
-from grpo_hf.algorithm.objective import LOSS_TYPES
+from grpo_hf.algorithm.losses import LOSSES
 from grpo_hf.packing.logprobs import batch_logprobs
 from tests.runs import AfterStep, logs, lora, same, values, weights
 from tests.tiny import (
@@ -361,7 +361,7 @@ def test_dropout_is_switched_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss_type_trains(tmp_path: Path, loss_type: str, level: str, layout: str) -> None:
     bound = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
     settings = {"loss_type": loss_type, "importance_sampling_level": level, "token_layout": layout, **bound}
