@@ -74,6 +74,18 @@ def test_a_credit_of_ones_own(custom: str) -> None:
     assert config().credit() is ADVANTAGES["group"]
 
 
+def test_the_readmes(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = [part.split("```")[0] for part in readme.split("```python\n")[1:] if "def loss(batch" in part]
+    (tmp_path / "readme.py").write_text(block)
+    made = config(loss_type=f"{tmp_path}/readme.py:loss", advantage=f"{tmp_path}/readme.py:credit")
+    assert not made.objective().needs_every_token and not made.objective().needs_whole_completions
+    checked_rewards(["exact_match", "format"], made)
+    # One correct and short, one correct and long, one wrong: 1 - 2/3 + 0.5 x 1, 1 - 2/3, 0 - 2/3.
+    scores = torch.tensor([[[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]])
+    torch.testing.assert_close(made.credit()(scores, torch.tensor([1.0, 0.5])), torch.tensor([[5 / 6, 1 / 3, -2 / 3]]))
+
+
 NOT_A_LOSS = {
     "no_batch": r"loss\(batch: TokenBatch, .*; \(\) takes 0 arguments by position",
     "three_tensors": r"loss\(batch: TokenBatch, .*; \(logprobs, log_ratio, advantages\) takes 3 arguments by position",
