@@ -94,7 +94,8 @@ def test_the_values_of_the_metrics(tmp_path: Path) -> None:
     prompts = [len(group.prompt.ids) for group in groups]
     assert entry["num_tokens"] == sum(lengths) + 4 * sum(prompts)
     assert entry["tokens/padded_equivalent"] == 16 * (max(prompts) + max(lengths))
-    assert entry["tokens/forwarded"] == sum(b.num_tokens for u in trainer.rollout.updates for b in trainer.policy.microbatches(u))
+    batches = [batch for update in trainer.rollout.updates for batch in trainer.policy.microbatches(update)]
+    assert entry["tokens/forwarded"] == sum(batch.num_tokens for batch in batches)
     assert entry["tokens/forwarded"] <= sum(prompts) + sum(lengths) - 16 < entry["tokens/padded_equivalent"]
     times = sum(value for name, value in entry.items() if name.startswith("time/"))
     assert entry["tokens_per_second"] == pytest.approx(sum(lengths) / times)
