@@ -53,7 +53,8 @@ def test_a_log_line_holds_the_updates_since_the_last(tmp_path: Path) -> None:
         assert found == pytest.approx(sum(updates))
         assert entry["perf/mfu"] == pytest.approx(entry["perf/tflops"] / entry["perf/peak_tflops"])
     assert trainer.state.total_flos == sum(flops)
-    assert flops[-1] == update_flops(trainer.recorder.throughput.cost, trainer.rollout.updates[0].microbatches) > 0
+    batches = trainer.policy.microbatches(trainer.rollout.updates[0])
+    assert flops[-1] == update_flops(trainer.recorder.throughput.cost, batches) > 0
 
 
 def test_a_resumed_run_counts_its_own_steps_only(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_a_resumed_run_counts_its_own_steps_only(tmp_path: Path) -> None:
     (entry,) = logs(trainer)
     (update,) = trainer.rollout.updates
     found = entry["perf/tflops"] * 1e12 * 4 * entry["time/forward_backward"]
-    assert found == pytest.approx(update_flops(trainer.recorder.throughput.cost, update.microbatches))
+    assert found == pytest.approx(update_flops(trainer.recorder.throughput.cost, trainer.policy.microbatches(update)))
 
 
 LOGS = {"time/forward_backward": 0.5, "time/generate": 1.2, "time/other": 0.004, "time/log": 0.3, "reward": 1.0}

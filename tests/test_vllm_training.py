@@ -49,10 +49,10 @@ def test_first_ratio_is_one_and_the_engine_agrees(tmp_path: Path, monkeypatch: p
     ratios: dict[int, list] = defaultdict(list)
     objective = Objective.__call__
 
-    def observed(self, logprobs, *args, old_logprobs, rollout_logprobs, **options):
-        ratios[trainer.state.global_step].append((logprobs - old_logprobs).detach().exp())
-        assert (old_logprobs - rollout_logprobs).abs().max() < 1e-3
-        return objective(self, logprobs, *args, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs, **options)
+    def observed(self, batch, denominators):
+        ratios[trainer.state.global_step].append((batch.logprobs - batch.old_logprobs).detach().exp())
+        assert (batch.old_logprobs - batch.rollout_logprobs).abs().max() < 1e-3
+        return objective(self, batch, denominators)
 
     monkeypatch.setattr(Objective, "__call__", observed)
     trainer.train()

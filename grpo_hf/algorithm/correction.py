@@ -5,8 +5,8 @@ bounded (Yao et al. 2025, "Your efficient RL framework secretly brings you off-p
 level and masking: Liu et al. 2025, "When speed kills stability").
 
 A factor takes a `TokenBatch` and returns weights [token], constants that multiply the losses, and metrics {name: values
-[token]}. A token whose log μ is NaN (the engine gave none) has weight 1, is left out of its completion's product and is NaN in
-the metrics.
+[token]}. A token whose log μ is NaN (the engine gave none) has weight 1, is left out of its completion's product and is NaN
+in the metrics.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ CORRECTION_MODES = tuple(f"{level}_{bound}" for level in ("token", "sequence") f
 def measured(batch: TokenBatch) -> tuple[Tokens, Metrics]:
     """w = 1: how far the engine is from the trainer is measured, and the loss stays as it is.
 
-    Metrics, none without the engine's log-probs: |log π_old - log μ|; the k3 estimate of KL(μ || π_old); and, where an engine
-    gave some log-probs and not others, 1 on those that are missing.
+    Metrics, none without the engine's log-probs: |log π_old - log μ|; the k3 estimate of KL(μ || π_old); and, where an
+    engine gave some log-probs and not others, 1 on those that are missing.
     """
     ones = torch.ones_like(batch.old_logprobs)
     if batch.rollout_logprobs is None:

@@ -31,7 +31,7 @@ class Term:
     """c Σ_t w_t f_t v_t: one summand of an objective, with a global denominator of its own."""
 
     name: str
-    """What it is, for errors."""
+    """policy, kl or entropy, or another."""
     value: Callable[[TokenBatch], tuple[Tokens, Metrics]]
     """v [token], which carries the gradient, and metrics."""
     coefficient: float

@@ -22,8 +22,8 @@ TRIAL_DENOMINATORS = Denominators(10, 4, 10, num_processes=1, max_completion_len
 
 
 def trial_batch() -> TokenBatch:
-    """Ten tokens of four completions: ratios on both sides of 1, inside and outside the usual clips, under advantages of both
-    signs; engine weights that cancel over the second completion and over no other."""
+    """Ten tokens of four completions: ratios on both sides of 1, inside and outside the usual clips, under advantages of
+    both signs; engine weights that cancel over the second completion and over no other."""
     logprobs = torch.tensor([-0.7, -1.1, -2.3, -0.4, -1.6, -0.9, -0.2, -3.1, -1.3, -0.6], requires_grad=True)
     entropy = torch.tensor([1.1, 0.8, 1.9, 0.3, 1.2, 0.7, 0.4, 2.2, 1.5, 0.9], requires_grad=True)
     constant = logprobs.detach()
@@ -81,17 +81,15 @@ def check_loss(loss: Callable[..., Any], batch: TokenBatch, what: str) -> None:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
         raise ValueError(f"{what}: {LOSS_FORM}, and it returned {_described(result)}")
     losses, metrics = result
-    for name, values in {"losses": losses, **{f"metric {name!r}": values for name, values in metrics.items()}}.items():
+    for name, values in {"losses": losses, **metrics}.items():
         if not isinstance(values, Tensor) or values.shape != batch.logprobs.shape:
             raise ValueError(f"{what}: for {len(batch.logprobs)} tokens its {name} are {_described(values)}; {LOSS_FORM}")
     if not losses.requires_grad:
-        raise ValueError(
-            f"{what}: its losses have no gradient; compute them from batch.logprobs, batch.log_ratio or batch.entropy"
-        )
+        raise ValueError(f"{what}: its losses have no gradient; make them of batch.logprobs, log_ratio or entropy")
 
 
 def check_credit(credit: Callable[..., Any], num_objectives: int, group: int, what: str) -> None:
-    """Raises ValueError for credit that makes something else of scores [prompts group objective] than advantages [prompts group]."""
+    """Raises ValueError for credit that makes something else of scores than advantages [prompts group]."""
     scores = torch.rand(2, group, num_objectives, generator=torch.Generator().manual_seed(0))
     advantages = credit(scores, torch.ones(num_objectives))
     if not isinstance(advantages, Tensor) or advantages.shape != scores.shape[:2]:

@@ -100,9 +100,9 @@ def by_path(query: Heads, key: Tensor, value: Tensor, tree: TokenTree, rule: Sco
     for node in tree.nodes:
         own = slice(node.span.start, node.span.stop)
         paths.append([*(paths[node.parent] if node.parent >= 0 else []), own])
-        seen = (torch.cat([states[:, :, span] for span in paths[-1]], dim=2) for states in (key, value))
+        keys, values = (torch.cat([states[:, :, span] for span in paths[-1]], dim=2) for states in (key, value))
         reach = len(node.span) - 1 + (rule.sliding_window or tree.longest)
-        parts.append(attend(query[:, :, own], *(states[:, :, -reach:] for states in seen), rule))
+        parts.append(attend(query[:, :, own], keys[:, :, -reach:], values[:, :, -reach:], rule))
     return torch.cat(parts, dim=2)
 
 

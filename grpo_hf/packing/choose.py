@@ -89,7 +89,7 @@ def _why_not(
 
 def _samples_to_try(prompts: list[list[int]]) -> list[TrainingSample]:
     """Each prompt with continuations, and theirs; made of the prompts' own tokens, so that every id is in the vocabulary."""
-    samples = []
+    samples: list[TrainingSample] = []
     for group, ids in enumerate(prompts):
         for first, second in product(range(len(CONTINUATIONS)), repeat=2):
             turns = [

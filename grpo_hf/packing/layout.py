@@ -162,13 +162,14 @@ def _batch(
         lengths=torch.tensor([lengths[number] for number in completions]),
         samples=numbers,
         num_targets=counts,
-        **{name: _joined(samples, name, counts) for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs")},
+        rollout_logprobs=_joined([sample.rollout_logprobs for sample in samples], counts),
+        old_logprobs=_joined([sample.old_logprobs for sample in samples], counts),
+        ref_logprobs=_joined([sample.ref_logprobs for sample in samples], counts),
     )
 
 
-def _joined(samples: Sequence[TrainingSample], name: str, counts: Sequence[int]) -> Tensor | None:
+def _joined(values: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
     """The samples' values one after the other, NaN for samples without; None where no sample has any."""
-    values = [getattr(sample, name) for sample in samples]
     if all(value is None for value in values):
         return None
     return torch.cat(

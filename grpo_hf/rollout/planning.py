@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -17,8 +18,8 @@ from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.sampler import scores_of
 from grpo_hf.types import Completion, Group, TrainingSample
 
-Credit = Callable[[Float[Tensor, "prompts group objective"], Float[Tensor, " objective"]], Float[Tensor, "prompts group"]]
-"""Scores and the weights of the rewards -> advantages."""
+if TYPE_CHECKING:
+    from grpo_hf.algorithm.advantages import Credit
 
 
 @dataclass

@@ -84,7 +84,8 @@ def set_rewards(groups: Iterable[Group], weights: list[float]) -> None:
     """`completion.reward` = the weighted sum of its scores, which is what is logged and looked at."""
     completions = [item for group in groups for item in group.completions]
     if completions:
-        rewards = weighted_sum(torch.tensor([[scores_of(item)] for item in completions]), torch.tensor(weights))
+        scores = torch.tensor([[scores_of(item)] for item in completions], dtype=torch.float64)
+        rewards = weighted_sum(scores, torch.tensor(weights, dtype=torch.float64))
         for completion, (reward,) in zip(completions, rewards.tolist(), strict=True):
             completion.reward = reward
 

@@ -79,8 +79,7 @@ class Checkpoints:
         if self.peers.rank == 0:
             for name, part in self.shared.items():
                 torch.save(part.state_dict(), folder / f"{name}.pt")
-        state = more | {name: part.state_dict() for name, part in self.parts.items()}
-        torch.save(state, folder / f"rollout-{self.peers.rank}.pt")
+        save_part(more | {name: part.state_dict() for name, part in self.parts.items()}, folder, self.peers.rank)
 
     def load(self, folder: Path, device: torch.device) -> dict[str, Any]:
         """Give every part its state; returns all that was saved, with ``more``."""
@@ -104,6 +103,11 @@ class Checkpoints:
             kept = ", ".join(path.name for path in checkpoints_in(folder.parent) if is_finished(path)) or "none"
             return f"{folder} cannot be saved, the disk has {free} bytes free ({error}); checkpoints that are kept: {kept}"
         return None
+
+
+def save_part(state: dict[str, Any], checkpoint: Path, rank: int) -> None:
+    """Write one process's part."""
+    torch.save(state, checkpoint / f"rollout-{rank}.pt")
 
 
 def is_finished(checkpoint: Path) -> bool:

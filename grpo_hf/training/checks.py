@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from grpo_hf.algorithm.trial import check_credit
 from grpo_hf.rewards import Reward, Scorer, check_columns, get_rewards
 from grpo_hf.rewards.gold import bad_gold
 from grpo_hf.rollout.prompts import PromptSet, checked_dataset, load_prompts
@@ -66,6 +67,7 @@ def checked_rewards(reward_funcs: Any, args: GRPOConfig, processing_classes: Any
             f"reward_weights has {len(weights)} numbers for {len(rewards)} rewards "
             f"({', '.join(reward.name for reward in rewards)}); give one each"
         )
+    check_credit(args.credit(), len(rewards), args.num_generations, f"advantage={args.advantage_form!r}")
     return rewards, weights
 
 

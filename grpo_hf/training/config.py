@@ -165,8 +165,8 @@ class GRPOConfig(TrainingArguments):
     scale_rewards: str = option("group", "'group' (or True), 'batch' or 'none' (or False).")
     advantage: str | None = option(
         None,
-        f"How scores become advantages, in place of scale_rewards: one of {', '.join(ADVANTAGES)}, or a function of yours as "
-        "path/file.py:function.",
+        f"How scores become advantages, in place of scale_rewards: one of {', '.join(ADVANTAGES)}, or a function of yours "
+        "as path/file.py:function.",
     )
     reward_weights: list[float] | None = option(None, "One for each reward; None: 1 each.")
     num_iterations: int = option(1, "Passes over each rollout (μ in the GRPO paper).")

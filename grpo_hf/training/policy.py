@@ -35,6 +35,8 @@ class StepReport:
     """Per-token values of each by name, NaN where a token is not counted; none of one that adds nothing to the gradient."""
     logprobs: dict[int, Tensor] = field(default_factory=dict)
     """Of each sample's targets, by its number in the update, before the step."""
+    out_of_memory: bool = False
+    """Whether memory ran out at first."""
 
     @property
     def num_tokens(self) -> int:
@@ -128,7 +130,7 @@ class Policy:
         self.inner.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return self.forward_backward(update, step=step)
+        return replace(self.forward_backward(update, step=step), out_of_memory=True)
 
     def _forward_backward(self, update: Update) -> StepReport:
         report = StepReport(torch.zeros((), device=self.accelerator.device))

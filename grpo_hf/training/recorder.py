@@ -75,6 +75,8 @@ class Recorder:
             totals, counts = zip(*(part[name] for part in everyone if name in part), strict=True)
             means[name] = sum(totals) / sum(counts) if sum(counts) else math.nan
         self.metrics.total("tokens/forwarded", report.num_tokens)
+        if report.out_of_memory:
+            self.metrics.maximum("guards/out_of_memory", 1.0)
         self.metrics.mean("tokens/max_over_mean", max(part["tokens"][0] for part in everyone) / means.pop("tokens"))
         if math.isfinite(means["loss"]):
             self.metrics.mean("loss", report.loss)

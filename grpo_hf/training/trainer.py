@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
+from grpo_hf.algorithm.objective import Objective
 from grpo_hf.evaluation import evaluate_prompts
 from grpo_hf.metrics import Metrics
 from grpo_hf.packing.choose import choose_layout, disable_dropout
@@ -47,7 +48,7 @@ from grpo_hf.training.callbacks import (
     SyncReference,
     print_samples,
 )
-from grpo_hf.training.checkpoints import Checkpoints, is_finished, resume_point, run_of
+from grpo_hf.training.checkpoints import Checkpoints, Stateful, is_finished, resume_point, run_of
 from grpo_hf.training.checks import (
     check_enough_prompts,
     check_reference,
@@ -152,7 +153,7 @@ class GRPOTrainer(Trainer):
             if hasattr(reward.function, "processing_class"):  # a model
                 reward.function.to(self.args.device)  # type: ignore[attr-defined]
         self.peers = Peers(self.args.process_index, self.args.world_size, lambda item: gather_object([item]))
-        self.objective = args.objective()
+        self.objective: Objective = args.objective()
         self.policy = self._make_policy()
         self.plan = self._make_plan()
         self.stream = self._make_stream(tokenizer)
@@ -161,12 +162,12 @@ class GRPOTrainer(Trainer):
         self.recorder = Recorder(
             self.metrics, Path(str(args.output_dir)), self.peers, Throughput(causal_lm(self.model)), args.num_iterations
         )
-        moving = {"reference": self.policy.reference} if args.sync_ref_model and self.policy.reference is not None else {}
-        parts = {"stream": self.stream, "policy": self.policy, "recorder": self.recorder}
-        self.checkpoints = Checkpoints(parts, moving, self.peers, self.metrics)
+        parts: dict[str, Stateful] = {"stream": self.stream, "policy": self.policy, "recorder": self.recorder}
+        moves = self.policy.reference if args.sync_ref_model else None
+        self.checkpoints = Checkpoints(parts, {} if moves is None else {"reference": moves}, self.peers, self.metrics)
         self.add_callback(StepClock(self.metrics, self.stream.order.rollouts_per_epoch * args.steps_per_rollout))
-        for reference in moving.values():
-            self.add_callback(SyncReference(self.model, reference))
+        if moves is not None:
+            self.add_callback(SyncReference(self.model, moves))
 
     # ---- Setting up
 
@@ -373,10 +374,10 @@ class GRPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, with the parts that this trainer adds; older checkpoints go when this one is whole."""
-        rollout, current = self.rollout, self.state.global_step // self.args.steps_per_rollout
-        # Of one that still has updates to run, only these are needed.
-        unfinished = rollout is not None and rollout.index == current
-        more = {"rollout": replace(rollout, groups=[], sampled=[], tally={}) if unfinished else None}
+        more: dict[str, Any] = {"rollout": None}
+        if self.rollout is not None and self.rollout.index == self.state.global_step // self.args.steps_per_rollout:
+            # It has updates to run, and these are all that is needed of it.
+            more["rollout"] = replace(self.rollout, groups=[], sampled=[], tally={})
         folder = self._checkpoint_folder(trial)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
