@@ -88,8 +88,8 @@ def a_shared_system_prompt() -> list[TrainingSample]:
 
 def random_forests() -> list[TrainingSample]:
     """So few words that beginnings are shared at any length, with targets anywhere, some completions in several samples."""
-    more = [replace(item, completion=100 + item.completion) for item in samples_that_share(8)]
-    return with_advantages(samples_that_share(5, count=16) + more)
+    more = [replace(item, completion=100 + item.completion) for item in samples_that_share(9, count=16)]
+    return with_advantages(samples_that_share(7, count=16) + more)
 
 
 CASES = {
