@@ -1,6 +1,8 @@
 """GRPO on one page, with the library's own functions and no Trainer: `python -m recipes.loop` teaches a tiny decoder with
 random weights to write sevens. Each line below "for step" is an arrow of the flow, from dataset row to optimizer."""
 
+from typing import Any
+
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -19,7 +21,7 @@ from grpo_hf.rollout.sampler import GroupSampler
 from grpo_hf.rollout.transformers_engine import TransformersEngine
 from recipes.sorting_lm import make_tokenizer
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def share_of_sevens(completion: str) -> float:
