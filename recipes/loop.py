@@ -1,8 +1,6 @@
 """GRPO on one page, with the library's own functions and no Trainer: `python -m recipes.loop` teaches a tiny decoder with
 random weights to write sevens. Each line below "for step" is an arrow of the flow, from dataset row to optimizer."""
 
-from typing import Any
-
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -21,8 +19,6 @@ from grpo_hf.rollout.sampler import GroupSampler
 from grpo_hf.rollout.transformers_engine import TransformersEngine
 from recipes.sorting_lm import make_tokenizer
 
-SIZES: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-
 
 def share_of_sevens(completion: str) -> float:
     """How much of eight characters is a 7."""
@@ -33,7 +29,9 @@ def train(steps: int = 30, group_size: int = 8, seed: int = 0) -> list[float]:
     """The mean reward of every step."""
     torch.manual_seed(seed)
     tokenizer, rewards = make_tokenizer(), []
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, **SIZES))
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)  # type: ignore[arg-type]
+    model = Qwen2ForCausalLM(config)
     prompts = load_prompts([{"prompt": f"{number} {number + 1}="} for number in range(8)], tokenizer)
     order = PromptOrder(len(prompts), prompts_per_rollout=4, seed=seed)
     engine = TransformersEngine(model, pad_token_id=tokenizer.pad_token_id)

@@ -116,8 +116,8 @@ def check_token_ids(prompts: PromptSet, name: str, tokenizer: PreTrainedTokenize
         if number >= rows:
             raise ValueError(
                 f"{where}{tokenizer.convert_ids_to_tokens(number)!r} has the id {number}, but the model's embedding has "
-                f"{rows} rows: it does not know the token. Call model.resize_token_embeddings(len(tokenizer)) and give the trainer "
-                "that model, or take a tokenizer without added tokens (a pad token may be the eos token)"
+                f"{rows} rows: it does not know the token. Call model.resize_token_embeddings(len(tokenizer)) and give the "
+                "trainer that model, or take a tokenizer without added tokens (a pad token may be the eos token)"
             )
 
 
