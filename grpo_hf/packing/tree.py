@@ -108,7 +108,7 @@ def first_fit(bins: Sequence[Bin], room: int) -> list[Bin]:
     """First-fit decreasing bin packing (Johnson 1973); equals keep their order, and one that is too large stays alone."""
     packed: list[Bin] = []
     for item in sorted(bins, key=lambda item: item.size, reverse=True):
-        into = next((other for other in packed if other.size + item.size <= max(room, other.size)), None)
+        into = next((other for other in packed if other.size + item.size <= room), None)
         if into is None:
             packed.append(Bin(item.size, list(item.members)))
         else:
