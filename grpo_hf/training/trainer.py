@@ -192,6 +192,7 @@ class GRPOTrainer(Trainer):
             args.device,
             longest_prompt=longest,
             longest_group=longest + args.num_generations * args.max_completion_length,
+            shared=len(os.path.commonprefix(self.prompts.ids)),
         )
         # Under LoRA the reference is the model with its adapter switched off.
         own_reference = args.beta > 0 and not isinstance(self.model, PeftModel)
