@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ def evaluate_prompts(
     batch_size: int = 64,
     seed: int = 0,
     peers: Peers = ALONE,
+    trainer_state: Any = None,
 ) -> dict[str, float]:
     """Metrics over all prompts and processes, under the names of training's log.
 
@@ -39,8 +41,10 @@ def evaluate_prompts(
     for start in range(0, math.ceil(len(prompts) / peers.count), share):
         part = rows[start : start + share]
         seeds = [derived_seed(seed, "eval", row) for row in part]
-        groups += sampler.sample([prompts[row] for row in part], seeds, num_generations, sampling)
-        tally = merged([tally, sampler.tally])
+        new, calls = sampler.sample(
+            [prompts[row] for row in part], seeds, num_generations, sampling, trainer_state=trainer_state
+        )
+        groups, tally = groups + new, merged([tally, calls])
     stop_if_faulty(merged(peers.gather(tally)), sampler.scorer.settings)
     metrics = Metrics()
     record_outcomes(metrics, tally)

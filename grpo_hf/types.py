@@ -1,6 +1,6 @@
 """The carriers that travel from dataset row to loss; every other module passes these along.
 
-Prompt -> Completion, Group -> PackedBatch
+Prompt -> Completion, Group -> TrainingSample -> PackedBatch -> TokenBatch
 
 Importing this loads no torch: verifiers and their workers need the first carriers only.
 """
@@ -42,18 +42,22 @@ class Completion:
     """True when the length limit ended it, not a stop token."""
     text: str = ""
     """Decoded without special tokens."""
-    rollout_logprobs: list[float] | None = None
-    """The engine's log-prob of each id, in nats, under the distribution that it sampled from."""
+    rollout_logprobs: list[float | None] | None = None
+    """The engine's log-prob of each sampled id, in nats, from what it sampled from; None where it has none."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Score by reward name; NaN where a reward does not apply or its outcome leaves the completion out."""
     outcomes: dict[str, str] = field(default_factory=dict)
     """How the verifier's call ended, by reward name: one of grpo_hf.rewards.outcomes.OUTCOMES."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What verifiers have logged beside it with log_extra, by column."""
+    valid: bool = True
+    """False where the outcome of a verifier's call leaves it out of its group and of the loss."""
     reward: float = float("nan")
     """Weighted sum of the scores that are not NaN; NaN when there is none, which leaves it out of its group and the loss."""
-    advantage: float = 0.0
-    """What the loss multiplies this completion's tokens by."""
+    advantage: float | None = None
+    """What the loss multiplies this completion's tokens by; None until its group has been compared."""
+    is_sampled: list[bool] | None = None
+    """Which of ``ids`` the model sampled, where some are what tools answered; None: all."""
 
 
 @dataclass
@@ -139,61 +143,73 @@ class TokenBatch:
 
 
 @dataclass
-class PrefixLayout:
-    """What attention needs to know of a packed row: a prompt sees itself, a completion sees its prompt and itself."""
+class Node:
+    """A run of tokens that the sequences below it have in common."""
 
-    spans: list[tuple[range, list[range]]]
-    """Where each group's prompt lies in the row, and its completions behind it, in the row's order."""
-    prompt_of: Int[Tensor, " time"]
-    """The group that each token of the row belongs to."""
-    completion_of: Int[Tensor, " time"]
-    """The completion that each token belongs to; -1 on prompt tokens."""
-    position_of: Int[Tensor, " time"]
-    """Each token's position in its own sequence."""
+    span: range
+    """Where it lies in the row."""
+    parent: int
+    """The number of the node that it follows on; -1 where it begins sequences."""
+    end: int
+    """Where its subtree ends in the row: everything from the span's end to here follows on it."""
+
+
+@dataclass
+class TokenTree:
+    """A row that holds each token of many sequences once, laid out depth first.
+
+    The token at k is seen by the one at q if and only if k <= q < reach[k].
+    """
+
+    nodes: list[Node]
+    """Depth first, as they lie in the row."""
+    reach: Int[Tensor, " time"]
+    """Where the subtree of each token ends."""
+    depth: Int[Tensor, " time"]
+    """How many tokens come before each in its sequences: its position."""
+    longest: int
+    """Tokens of the longest sequence."""
     block_masks: dict[int | None, Any] = field(default_factory=dict)
     """FlexAttention's masks by sliding window, made on first use and shared by the layers."""
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, a prompt with one of its completions."""
-        return max(len(prompt) + max(map(len, completions), default=0) for prompt, completions in self.spans)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the masks, which cannot be pickled, out of checkpoints; they are made again."""
-        return vars(self) | {"block_masks": {}}
 
 
 @dataclass
 class PackedBatch:
-    """One micro-batch, laid out for one forward pass: a packed row (rows = 1) or padded rows.
+    """One micro-batch, laid out for one forward pass: a token tree (rows = 1) or padded rows.
 
-    A completion's last token predicts nothing that is scored, so it is a target but never an input.
+    What comes after a sample's last target is never an input, and neither is that target: they predict nothing.
     """
 
     input_ids: Int[Tensor, "rows time"]
-    """Prompt and completion tokens."""
+    """The tokens."""
     position_ids: Int[Tensor, "rows time"]
-    """Each completion's count on from its prompt's length."""
+    """Each token's place in its own sequence."""
     attention_mask: Int[Tensor, "rows time"] | None
-    """1 on real tokens; None in the packed layout, which has no others."""
-    prefix_layout: PrefixLayout | None
-    """The packed row's structure; None in the padded layout."""
-    scored_at: Int[Tensor, " token"]
-    """For each completion token, the position in the flattened rows whose hidden state predicts it."""
+    """1 on real tokens; None for a tree, which has no others."""
+    tree: TokenTree | None
+    """The row's structure; None for padded rows."""
+    scored_at: Int[Tensor, " scored"]
+    """Positions in the flattened rows whose hidden states predict targets, each once."""
+    scored: Int[Tensor, " token"]
+    """For each target, the number in ``scored_at`` of the position that predicts it."""
     targets: Int[Tensor, " token"]
-    """The completion tokens themselves."""
-    sequence: Int[Tensor, " token"]
-    """The completion that each token belongs to."""
-    num_sequences: int
-    """Number of completions."""
-    advantages: Float[Tensor, " sequence"]
-    """One a completion."""
+    """The samples' targets, one sample after the other."""
+    advantages: Float[Tensor, " token"]
+    """Of each target."""
+    completion: Int[Tensor, " token"]
+    """The completion that each target is of, counted from 0 in this batch."""
+    lengths: Int[Tensor, " completion"]
+    """Targets of each completion, in and outside this batch."""
+    samples: list[int]
+    """Which of the packed samples are here, in the order of their targets."""
+    num_targets: list[int]
+    """How many targets each of them has."""
     rollout_logprobs: Float[Tensor, " token"] | None = None
-    """The engine's log-probs; None when it gave none."""
+    """See TrainingSample."""
     old_logprobs: Float[Tensor, " token"] | None = None
-    """The trainer's log-probs at sampling time; None until they differ from the current ones or were computed."""
+    """See TrainingSample."""
     ref_logprobs: Float[Tensor, " token"] | None = None
-    """The reference model's log-probs; None without a KL term."""
+    """See TrainingSample."""
     weight: float = 1.0
     """Factor on this micro-batch's loss: 0 on one that only gives a process something to run, else 1."""
 
@@ -206,10 +222,28 @@ class PackedBatch:
         """The same batch with every tensor on ``device``."""
         return _to(self, device)
 
+    def tokens(self, logprobs: Float[Tensor, " token"], entropy: Float[Tensor, " token"]) -> TokenBatch:
+        """What the objective sees, given a forward pass's log-probs and entropy of the targets; where the samples are of
+        the current weights, π_old is π_θ held constant."""
+        return TokenBatch(
+            logprobs=logprobs,
+            entropy=entropy,
+            advantages=self.advantages,
+            old_logprobs=logprobs.detach() if self.old_logprobs is None else self.old_logprobs,
+            completion=self.completion,
+            lengths=self.lengths,
+            rollout_logprobs=self.rollout_logprobs,
+            ref_logprobs=self.ref_logprobs,
+        )
+
+    def by_sample(self, values: Float[Tensor, " token"]) -> dict[int, Tensor]:
+        """A value a target -> those of each packed sample, by its number."""
+        return dict(zip(self.samples, values.split(self.num_targets), strict=True))
+
 
 def _to(carrier: Any, device: torch.device) -> Any:
     def move(value: Any) -> Any:
-        if isinstance(value, PrefixLayout):
+        if isinstance(value, TokenTree):
             return _to(value, device)
         return value.to(device, non_blocking=True) if hasattr(value, "to") else value
 

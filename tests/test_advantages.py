@@ -2,16 +2,20 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from grpo_hf.algorithm.advantages import ADVANTAGES, NEEDS_A_GROUP
-from grpo_hf.algorithm.advantages import batch_normalized as batch
-from grpo_hf.algorithm.advantages import group_normalized as group
+from grpo_hf.algorithm.advantages import ADVANTAGES, NEEDS_A_GROUP, weighted_sum
 
 NAN = float("nan")
 
 
+def of_rewards(name: str, rewards: list[list[float]] | Tensor) -> Tensor:
+    """Advantages of one objective whose weight is 1."""
+    return ADVANTAGES[name](torch.as_tensor(rewards).unsqueeze(-1), torch.ones(1))
+
+
 def check(name: str, rewards: list[list[float]], expected: list[list[float]]) -> None:
-    torch.testing.assert_close(ADVANTAGES[name](torch.tensor(rewards)), torch.tensor(expected), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(of_rewards(name, rewards), torch.tensor(expected), rtol=1e-6, atol=1e-7)
 
 
 def test_raw_is_the_reward() -> None:
@@ -53,8 +57,8 @@ def test_leave_one_out_takes_off_the_others_mean() -> None:
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_a_group_without_a_score_is_0_and_changes_no_other(name: str) -> None:
     group = [1.0, 2.0, 6.0]
-    alone = ADVANTAGES[name](torch.tensor([group]))
-    beside = ADVANTAGES[name](torch.tensor([[NAN, NAN, NAN], group]))
+    alone = of_rewards(name, [group])
+    beside = of_rewards(name, [[NAN, NAN, NAN], group])
     assert beside[0].tolist() == [0.0, 0.0, 0.0]
     assert torch.equal(beside[1:], alone)
 
@@ -62,8 +66,8 @@ def test_a_group_without_a_score_is_0_and_changes_no_other(name: str) -> None:
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_a_completion_without_a_score_is_as_if_it_had_never_been_there(name: str) -> None:
     """To the last bit."""
-    alone = ADVANTAGES[name](torch.tensor([[0.1, 0.7, 0.3], [2.0, 2.0, 5.0]]))
-    beside = ADVANTAGES[name](torch.tensor([[0.1, NAN, 0.7, 0.3], [2.0, 2.0, 5.0, NAN]]))
+    alone = of_rewards(name, [[0.1, 0.7, 0.3], [2.0, 2.0, 5.0]])
+    beside = of_rewards(name, [[0.1, NAN, 0.7, 0.3], [2.0, 2.0, 5.0, NAN]])
     assert torch.equal(beside[0, [0, 2, 3]], alone[0])
     assert torch.equal(beside[1, :3], alone[1])
     assert beside[0, 1] == beside[1, 3] == 0.0
@@ -71,15 +75,15 @@ def test_a_completion_without_a_score_is_as_if_it_had_never_been_there(name: str
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_no_score_at_all_is_0(name: str) -> None:
-    assert ADVANTAGES[name](torch.full((2, 3), NAN)).tolist() == [[0.0] * 3] * 2
+    assert of_rewards(name, torch.full((2, 3), NAN)).tolist() == [[0.0] * 3] * 2
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_a_group_of_one(name: str) -> None:
-    of_one = ADVANTAGES[name](torch.tensor([[2.0]])).item()
+    of_one = of_rewards(name, [[2.0]]).item()
     assert of_one == (0.0 if name in NEEDS_A_GROUP else 2.0)
     # One scored completion among NaN is a group of one.
-    of_scored = ADVANTAGES[name](torch.tensor([[NAN, 2.0, NAN]]))
+    of_scored = of_rewards(name, [[NAN, 2.0, NAN]])
     assert of_scored.tolist() == [[0.0, of_one, 0.0]]
 
 
@@ -88,21 +92,65 @@ def test_a_group_of_one(name: str) -> None:
 def test_equal_rewards_are_exactly_0(name: str, size: int, dtype: torch.dtype) -> None:
     rewards = torch.full((1, size), 0.1, dtype=dtype)
     assert (rewards - rewards.mean()).abs().max() > 0, "the mean is meant to round here"
-    assert (ADVANTAGES[name](rewards) == 0).all()
+    assert (of_rewards(name, rewards) == 0).all()
     # A group with signal beside it, and a NaN within it, change nothing.
     rewards = torch.cat([rewards, torch.arange(size, dtype=dtype)[None]])
     rewards = torch.cat([rewards, torch.tensor([[NAN], [1.0]], dtype=dtype)], dim=1)
-    assert (ADVANTAGES[name](rewards)[0] == 0).all()
+    assert (of_rewards(name, rewards)[0] == 0).all()
 
 
-@pytest.mark.parametrize("normalized", [group, batch])
-def test_only_normalized_forms_ignore_the_rewards_scale(normalized) -> None:
+@pytest.mark.parametrize("name", ["group", "batch", "gdpo"])
+def test_only_normalized_forms_ignore_the_rewards_scale(name: str) -> None:
     rewards = torch.tensor([[0.0, 1.0, 5.0], [2.0, 2.0, 8.0]])
-    torch.testing.assert_close(normalized(100 * rewards), normalized(rewards), rtol=1e-3, atol=0)
-    assert torch.equal(ADVANTAGES["centered"](128 * rewards), 128 * ADVANTAGES["centered"](rewards))
+    torch.testing.assert_close(of_rewards(name, 100 * rewards), of_rewards(name, rewards), rtol=1e-3, atol=0)
+    assert torch.equal(of_rewards("centered", 128 * rewards), 128 * of_rewards("centered", rewards))
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_an_infinite_reward_is_never_hidden(name: str) -> None:
-    advantages = ADVANTAGES[name](torch.tensor([[float("inf"), 1.0, 2.0]]))
+    advantages = of_rewards(name, [[float("inf"), 1.0, 2.0]])
     assert not advantages.isfinite().all()
+
+
+# ---- Several objectives
+
+
+def test_weighted_sum_leaves_out_what_does_not_apply() -> None:
+    scores = torch.tensor([[[1.0, 2.0], [NAN, 2.0], [1.0, NAN], [NAN, NAN]]])
+    torch.testing.assert_close(
+        weighted_sum(scores, torch.tensor([10.0, 0.5])), torch.tensor([[11.0, 1.0, 10.0, NAN]]), equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("name", ["raw", "centered", "group", "batch", "max_only", "leave_one_out"])
+def test_these_are_of_the_weighted_sum(name: str) -> None:
+    scores = torch.tensor([[[1.0, 2.0], [3.0, 0.0], [0.0, 4.0]], [[0.0, 1.0], [2.0, NAN], [NAN, NAN]]])
+    expected = of_rewards(name, [[5.0, 3.0, 8.0], [2.0, 2.0, NAN]])  # of s_1 + 2 s_2
+    assert torch.equal(ADVANTAGES[name](scores, torch.tensor([1.0, 2.0])), expected)
+
+
+def test_gdpo_normalizes_each_objective_first() -> None:
+    # First group: scores 0, 2 have mean 1, std √2, so z = ∓1 / 1.4143136 = ∓0.7070568; scores 0, 1 have mean 1/2, std 1/√2,
+    # so z = ∓0.5 / 0.7072068 = ∓0.7070068. Second: 0 for the equal scores, ±0.7070068. With weights 1 and 2: Z = ∓2.1210704
+    # and ±1.4140136, whose squares add up to 12.9967480; over 3, root: 2.0814056, and + 1e-4.
+    scores = torch.tensor([[[0.0, 0.0], [2.0, 1.0]], [[3.0, 1.0], [3.0, 0.0]]])
+    advantages = ADVANTAGES["gdpo"](scores, torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(advantages, torch.tensor([[-1.0190079, 1.0190079], [0.6793225, -0.6793225]]))
+    # The sum first, 0 and 4, then 5 and 3, cannot tell these groups apart.
+    of_sum = ADVANTAGES["group"](scores, torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(of_sum.abs(), torch.full((2, 2), 0.7071068), rtol=2e-4, atol=0)
+
+
+def test_gdpo_leaves_out_what_does_not_apply() -> None:
+    # First group: scores 0, 2, 4 have std 2, so z = ∓2 / 2.0001 = ∓0.9999500 and 0; scores 0 and 1 give z = ∓0.7070068 as
+    # above. Z = ∓2.4139636, 0 and ±1.4140136: squares 15.6533096, over 5 - 1, root: 1.9782131, and + 1e-4.
+    scores = torch.tensor([[[0.0, 0.0], [2.0, NAN], [4.0, 1.0]], [[3.0, 1.0], [3.0, 0.0], [NAN, NAN]]])
+    advantages = ADVANTAGES["gdpo"](scores, torch.tensor([1.0, 2.0]))
+    expected = [[-1.2202131, 0.0, 1.2202131], [0.7147572, -0.7147572, 0.0]]
+    torch.testing.assert_close(advantages, torch.tensor(expected))
+
+
+def test_gdpo_of_a_group_whose_objectives_are_each_equal_is_exactly_0() -> None:
+    scores = torch.rand(3, 7, 2, generator=torch.Generator().manual_seed(0))
+    scores[1] = torch.tensor([0.1, 0.7])
+    assert (ADVANTAGES["gdpo"](scores, torch.tensor([0.3, 1.7]))[1] == 0).all()

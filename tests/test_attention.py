@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from grpo_hf.packing import attention
 from grpo_hf.packing.attention import (
     BLOCK,
-    SHARED_PREFIX,
+    TOKEN_TREE,
     ScoreRule,
     block_mask,
     by_span,
@@ -160,10 +160,10 @@ def test_dropout_is_refused() -> None:
 def test_without_a_layout_it_is_sdpa(family: str) -> None:
     model, batch = tiny_model(family), padded_batch(random_groups())
     logits = {}
-    for name in ("sdpa", SHARED_PREFIX):
+    for name in ("sdpa", TOKEN_TREE):
         model.set_attn_implementation(name)
         logits[name] = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    assert torch.equal(logits["sdpa"], logits[SHARED_PREFIX])
+    assert torch.equal(logits["sdpa"], logits[TOKEN_TREE])
 
 
 @torch.no_grad()
@@ -171,19 +171,19 @@ def test_without_a_layout_a_softcap_is_kept() -> None:
     """transformers' own sdpa leaves it out."""
     model, batch = tiny_model("gemma2"), padded_batch(random_groups())
     logits = {}
-    for name in ("eager", "sdpa", SHARED_PREFIX):
+    for name in ("eager", "sdpa", TOKEN_TREE):
         model.set_attn_implementation(name)
         logits[name] = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
     real = batch.attention_mask.flatten().bool()  # type: ignore[union-attr]
-    torch.testing.assert_close(logits[SHARED_PREFIX][real], logits["eager"][real])
+    torch.testing.assert_close(logits[TOKEN_TREE][real], logits["eager"][real])
     assert (logits["sdpa"] - logits["eager"])[real].abs().max() > 0.1
 
 
 def test_a_checkpoint_does_not_need_this_package(tmp_path) -> None:
     model = tiny_model("llama")
-    model.set_attn_implementation(SHARED_PREFIX)
+    model.set_attn_implementation(TOKEN_TREE)
     model.save_pretrained(tmp_path)
-    assert SHARED_PREFIX not in (tmp_path / "config.json").read_text()
+    assert TOKEN_TREE not in (tmp_path / "config.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation == "sdpa"
     ids = torch.tensor([[1, 2, 3]])

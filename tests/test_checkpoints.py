@@ -69,7 +69,7 @@ def test_no_whole_checkpoint(tmp_path: Path) -> None:
 
 def test_the_old_checkpoint_goes_only_when_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for one, there is a whole one at every moment."""
-    from grpo_hf.training import resumable as module
+    from grpo_hf.training import checkpoints as module
 
     whole: list[list[str]] = []
     finish = module.finish

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from grpo_hf.packing import choose
-from grpo_hf.packing.attention import SHARED_PREFIX
+from grpo_hf.packing.attention import TOKEN_TREE
 from grpo_hf.packing.choose import choose_layout, disable_dropout
 from grpo_hf.toy.hf_model import SortingConfig, SortingForCausalLM
 from tests.tiny import FAMILIES, tiny_model
@@ -47,7 +47,7 @@ def with_doubled_logits() -> PreTrainedModel:
 def test_packed_for_the_families(family: str, log: list[str]) -> None:
     model = tiny_model(family)
     assert choose_layout(model, PROMPTS) == "packed"
-    assert model.config._attn_implementation == SHARED_PREFIX
+    assert model.config._attn_implementation == TOKEN_TREE
     assert log == ["Token layout: packed"]
 
 

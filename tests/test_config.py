@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from transformers import HfArgumentParser
 
 from grpo_hf import GRPOConfig
-from grpo_hf.algorithm.aggregation import Denominators
-from grpo_hf.algorithm.objective import LOSS_TYPES
+from grpo_hf.algorithm.aggregation import AGGREGATIONS
+from grpo_hf.algorithm.correction import corrected, measured
+from grpo_hf.algorithm.kl import KL_ESTIMATORS
+from grpo_hf.algorithm.losses import LEVELS, LOSSES
+from grpo_hf.algorithm.trial import gradient_of, trial_batch
 from grpo_hf.training.trl_names import TRL_ONLY
 from tests.tiny import tiny_trainer
 
@@ -158,33 +162,58 @@ def test_which_advantage_a_run_uses(settings: dict, form: str) -> None:
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss_type_makes_an_objective(loss_type: str, level: str) -> None:
     """On the first update, π_θ = π_old, one more likely token of a better completion lowers the loss."""
     bound = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
     objective = config(loss_type=loss_type, importance_sampling_level=level, **bound).objective()
-    logprobs = torch.full((3,), -1.0, requires_grad=True)
-    loss, values = objective(
-        logprobs,
-        torch.ones(3),
-        torch.tensor([1.0, -1.0]),
-        torch.tensor([0, 0, 1]),
-        Denominators(tokens=3, sequences=2, local_tokens=3, num_processes=1, max_completion_length=4),
-        old_logprobs=logprobs.detach(),
-    )
-    loss.backward()
-    assert (logprobs.grad.sign() == torch.tensor([-1.0, -1.0, 1.0])).all()
-    assert "entropy" in values
+    batch = trial_batch()
+    gradient, _ = gradient_of(objective, replace(batch, old_logprobs=batch.logprobs.detach()))
+    assert torch.equal(gradient.sign(), -batch.advantages.sign())
+
+
+OPTIONS = {
+    "dapo": {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5},
+    "cispo": {"epsilon_high": 3.0},
+    "sapo": {"sapo_temperature_pos": 2.0, "sapo_temperature_neg": 3.0},
+    "reinforce": {},
+}
+
+
+@pytest.mark.parametrize(("loss_type", "options"), OPTIONS.items(), ids=OPTIONS)
+def test_a_loss_gets_the_settings_that_it_names(loss_type: str, options: dict[str, float]) -> None:
+    """All of them, and no others."""
+    others = {"epsilon_high": 3.0, "sapo_temperature_neg": 3.0}
+    (policy,) = config(loss_type=loss_type, **(others | options)).objective().terms
+    assert policy.value.func is LOSSES[loss_type][0]
+    assert policy.value.keywords == options
 
 
 def test_settings_reach_the_objective() -> None:
-    settings = {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5, "beta": 0.04, "entropy_coef": 0.01, "kl_estimator": "k2"}
-    objective = config(use_bias_correction_kl=False, **settings).objective()
-    assert objective.loss_options == {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5}
-    assert (objective.beta, objective.entropy_coef, objective.kl_estimator) == (0.04, 0.01, "k2")
-    assert objective.kl_bias_correction is False
-    gate = config(loss_type="sapo", sapo_temperature_pos=2.0, sapo_temperature_neg=3.0).objective()
-    assert gate.loss_options == {"sapo_temperature_pos": 2.0, "sapo_temperature_neg": 3.0}
+    settings = {"beta": 0.04, "entropy_coef": 0.01, "kl_estimator": "k2", "use_bias_correction_kl": False}
+    objective = config(loss_type="grpo", importance_sampling_level="sequence", **settings).objective()
+    policy, kl, entropy = objective.terms
+    assert [term.name for term in objective.terms] == ["policy", "kl", "entropy"]
+    assert (policy.coefficient, kl.coefficient, entropy.coefficient) == (1.0, 0.04, -0.01)
+    assert policy.aggregation is kl.aggregation is AGGREGATIONS["sequence_mean"]
+    assert kl.value.keywords == {"estimator": KL_ESTIMATORS["k2"], "bias_correction": False}
+    assert objective.level is LEVELS["sequence"]
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_another_aggregation_than_the_losss_own(name: str) -> None:
+    assert config(loss_type="grpo", loss_aggregation=name).objective().terms[0].aggregation is AGGREGATIONS[name]
+
+
+def test_the_engine_is_corrected_for_or_measured() -> None:
+    def factors(**settings: Any) -> tuple:
+        return config(**settings).objective().terms[0].factors
+
+    assert factors() == factors(use_vllm=True, vllm_importance_sampling_correction=False) == (measured,)
+    bounds = {"vllm_importance_sampling_clip_min": 0.5, "vllm_importance_sampling_clip_max": None}
+    (factor,) = factors(use_vllm=True, vllm_importance_sampling_mode="token_mask", **bounds)
+    assert factor.func is corrected
+    assert factor.keywords == {"mode": "token_mask", "low": 0.5, "high": None}
 
 
 # ---- Errors
@@ -200,14 +229,17 @@ ERRORS = {
     "TRL only, another way": ({"top_entropy_quantile": 0.2}, "every token counts; use entropy_coef for exploration"),
     "loss_type": (
         {"loss_type": "dr-grpo"},
-        "loss_type='dr-grpo' is not one of dapo, grpo, dr_grpo, .*; did you mean 'dr_grpo'",
+        r"loss_type='dr-grpo' is not one of dapo, grpo, dr_grpo, .* \(nearest: dr_grpo\), nor path/file.py:function",
     ),
     "importance_sampling_level": (
         {"importance_sampling_level": "sequences"},
         "is not one of token, sequence; did you mean 'sequence'",
     ),
     "scale_rewards": ({"scale_rewards": "groups"}, "is not one of group, batch, none; did you mean 'group'"),
-    "advantage": ({"advantage": "leave_1_out"}, "did you mean 'leave_one_out'"),
+    "advantage": ({"advantage": "leave_1_out"}, r"\(nearest: leave_one_out\), nor path/file.py:function"),
+    "loss without a name": ({"loss_type": lambda batch: (batch.logprobs, {})}, "give a function at the top of a file"),
+    "credit without a name": ({"advantage": lambda scores, weights: scores[..., 0]}, "function at the top of a file"),
+    "loss_aggregation": ({"loss_aggregation": "token_sum"}, "loss_aggregation='token_sum' is not one of None, token_mean"),
     "kl_estimator": ({"kl_estimator": "k4"}, "kl_estimator='k4' is not one of k1, k2, k3"),
     "token_layout": ({"token_layout": "packd"}, "is not one of auto, packed, padded; did you mean 'packed'"),
     "overlong_prompts": ({"overlong_prompts": "cut"}, "overlong_prompts='cut' is not one of error, drop"),

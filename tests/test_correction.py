@@ -1,16 +1,32 @@
-"""Engine-mismatch weights against numbers worked out by hand."""
+"""Engine-mismatch weights and the numbers that are logged beside them, worked out by hand."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from grpo_hf.algorithm.correction import CORRECTION_MODES, correction_weights
+from grpo_hf.algorithm.correction import CORRECTION_MODES, corrected, measured
+from grpo_hf.types import TokenBatch
+from tests.batches import token_batch
+
+NAN = float("nan")
+
+
+def sampled(engine_ratios: list[float], completion: list[int] | None = None) -> TokenBatch:
+    """Tokens by π_old / μ; their π_θ is not π_old, which changes nothing here."""
+    return token_batch([1.3] * len(engine_ratios), completion=completion, engine_ratios=engine_ratios)
+
+
+def metrics_of(factor: Callable[[TokenBatch], Any], batch: TokenBatch) -> dict[str, list[float]]:
+    return {name.removeprefix("sampling/"): values.tolist() for name, values in factor(batch)[1].items()}
+
 
 # Completion 0 has tokens 0 and 2 at twice the engine's probability, completion 1 has token 1 at half of it.
-SEQUENCE = torch.tensor([0, 1, 0])
-ROLLOUT = torch.tensor([-1.0, -2.0, -3.0])
-OLD = ROLLOUT + torch.tensor([math.log(2), math.log(0.5), math.log(2)])
+BATCH = sampled([2.0, 0.5, 2.0], [0, 1, 0])
 
 
 @pytest.mark.parametrize(
@@ -31,31 +47,103 @@ OLD = ROLLOUT + torch.tensor([math.log(2), math.log(0.5), math.log(2)])
     ],
 )
 def test_modes(mode: str, low: float | None, high: float | None, expected: list[float]) -> None:
-    weights = correction_weights(OLD, ROLLOUT, SEQUENCE, 2, mode=mode, low=low, high=high)
+    weights, _ = corrected(BATCH, mode=mode, low=low, high=high)
     assert weights.tolist() == pytest.approx(expected)
 
 
 def test_the_default_masks_sequences_above_3() -> None:
-    assert correction_weights(OLD, ROLLOUT, SEQUENCE, 2).tolist() == pytest.approx([0.0, 0.5, 0.0])
-    assert correction_weights(OLD - 0.15, ROLLOUT, SEQUENCE, 2)[0].item() == pytest.approx(4 * math.exp(-0.3))  # 2.963
+    assert corrected(BATCH)[0].tolist() == pytest.approx([0.0, 0.5, 0.0])
+    nearer = replace(BATCH, old_logprobs=BATCH.old_logprobs - 0.15)
+    assert corrected(nearer)[0][0].item() == pytest.approx(4 * math.exp(-0.3))  # 2.963
 
 
 @pytest.mark.parametrize("mode", CORRECTION_MODES)
 def test_equal_logprobs_weigh_exactly_1(mode: str) -> None:
-    assert correction_weights(OLD, OLD, SEQUENCE, 2, mode=mode, low=1.0, high=1.0).tolist() == [1.0, 1.0, 1.0]
+    equal = replace(BATCH, rollout_logprobs=BATCH.old_logprobs)
+    assert corrected(equal, mode=mode, low=1.0, high=1.0)[0].tolist() == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("mode", CORRECTION_MODES)
-def test_weights_are_constants(mode: str) -> None:
-    old = OLD.clone().requires_grad_()
-    assert not correction_weights(old, ROLLOUT, SEQUENCE, 2, mode=mode).requires_grad
+@pytest.mark.parametrize("factor", [measured, *(partial(corrected, mode=mode) for mode in CORRECTION_MODES)], ids=str)
+def test_weights_are_constants(factor: Callable[[TokenBatch], Any]) -> None:
+    weights, metrics = factor(replace(BATCH, old_logprobs=BATCH.logprobs))
+    assert not any(values.requires_grad for values in (weights, *metrics.values()))
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("token_truncate", 3.0), ("token_mask", 0.0), ("sequence_mask", 0.0)])
 def test_a_weight_past_the_largest_float_is_bounded_too(mode: str, expected: float) -> None:
-    far = correction_weights(torch.tensor([0.0]), torch.tensor([-1000.0]), torch.tensor([0]), 1, mode=mode)
-    assert far.tolist() == [expected]
+    far = replace(sampled([1.0]), rollout_logprobs=torch.tensor([-1000.0]))
+    assert corrected(far, mode=mode)[0].tolist() == [expected]
 
 
 def test_modes_are_named_as_documented() -> None:
     assert set(CORRECTION_MODES) == {"token_truncate", "token_mask", "sequence_truncate", "sequence_mask"}
+
+
+# ---- What is logged
+
+
+RATIOS = [2.0, 1.0, 4.0, 0.5]
+LN2 = math.log(2)
+
+
+def test_without_correction_the_difference_and_the_kl_are_measured() -> None:
+    weights, _ = measured(sampled(RATIOS, [0, 0, 1, 1]))
+    assert weights.tolist() == [1.0] * 4
+    metrics = metrics_of(measured, sampled(RATIOS, [0, 0, 1, 1]))
+    assert metrics.keys() == {"sampling_logp_difference", "kl"}
+    assert metrics["sampling_logp_difference"] == pytest.approx([LN2, 0, 2 * LN2, LN2])
+    assert metrics["kl"] == pytest.approx([1 - LN2, 0, 3 - 2 * LN2, -0.5 + LN2])
+
+
+@pytest.mark.parametrize(
+    ("mode", "low", "high", "ratio", "bounded"),
+    [
+        ("token_truncate", None, 3.0, [2, 1, 4, 0.5], [0, 0, 1, 0]),
+        ("token_mask", 0.8, 3.0, [2, 1, 4, 0.5], [0, 0, 1, 1]),
+        ("sequence_mask", None, 1.5, [2, 2, 2, 2], [1, 1, 1, 1]),
+        ("sequence_mask", None, 3.0, [2, 2, 2, 2], [0, 0, 0, 0]),
+    ],
+)
+def test_weights_are_logged_before_their_bounds(mode, low, high, ratio, bounded) -> None:
+    factor = partial(corrected, mode=mode, low=low, high=high)
+    metrics = metrics_of(factor, sampled(RATIOS, [0, 0, 1, 1]))
+    assert metrics["importance_sampling_ratio"] == pytest.approx(ratio)
+    assert metrics["frac_weights_bounded"] == bounded
+    assert metrics["sampling_logp_difference"] == pytest.approx([LN2, 0, 2 * LN2, LN2])
+
+
+# ---- What an engine does not give
+
+
+@pytest.mark.parametrize("factor", [measured, *(partial(corrected, mode=mode) for mode in CORRECTION_MODES)], ids=str)
+def test_without_an_engines_logprobs_there_is_nothing_to_correct(factor: Callable[[TokenBatch], Any]) -> None:
+    weights, metrics = factor(token_batch([1.5, 0.5]))
+    assert weights.tolist() == [1.0, 1.0]
+    assert metrics == {}
+
+
+@pytest.mark.parametrize(
+    ("mode", "high", "weights", "ratio", "bounded"),
+    [
+        ("token_truncate", 1.5, [1.5, 1.0, 1.5, 1.0, 0.5], [2, NAN, 4, NAN, 0.5], [1, NAN, 1, NAN, 0]),
+        ("token_mask", 3.0, [2.0, 1.0, 0.0, 1.0, 0.5], [2, NAN, 4, NAN, 0.5], [0, NAN, 1, NAN, 0]),
+        # Completion 0's known tokens have 2 x 4, completion 1's one 0.5, whatever the missing tokens are.
+        ("sequence_truncate", 3.0, [3.0, 1.0, 3.0, 1.0, 0.5], [8, NAN, 8, NAN, 0.5], [1, NAN, 1, NAN, 0]),
+        ("sequence_mask", 3.0, [0.0, 1.0, 0.0, 1.0, 0.5], [8, NAN, 8, NAN, 0.5], [1, NAN, 1, NAN, 0]),
+    ],
+)
+def test_a_missing_logprob_has_weight_1_and_is_in_no_sum_and_no_metric(mode, high, weights, ratio, bounded) -> None:
+    batch = sampled([2.0, NAN, 4.0, NAN, 0.5], [0, 0, 0, 1, 1])
+    factor = partial(corrected, mode=mode, high=high)
+    assert factor(batch)[0].tolist() == pytest.approx(weights)
+    metrics = metrics_of(factor, batch)
+    assert metrics["importance_sampling_ratio"] == pytest.approx(ratio, nan_ok=True)
+    assert metrics["frac_weights_bounded"] == pytest.approx(bounded, nan_ok=True)
+    assert metrics["frac_without_logprobs"] == [0, 1, 0, 1, 0]
+
+
+def test_a_missing_logprob_is_measured_as_missing() -> None:
+    metrics = metrics_of(measured, sampled([2.0, NAN]))
+    assert metrics["sampling_logp_difference"] == pytest.approx([LN2, NAN], nan_ok=True)
+    assert metrics["kl"] == pytest.approx([1 - LN2, NAN], nan_ok=True)
+    assert metrics["frac_without_logprobs"] == [0, 1]

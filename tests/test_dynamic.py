@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from grpo_hf.rewards import Scorer, get_rewards
-from grpo_hf.rollout.dynamic import Choice, History, Memory, chosen, get_curriculum, skip_solved, solved_skipper
+from grpo_hf.rewards.loading import choose
+from grpo_hf.rollout.dynamic import CURRICULA, Choice, History, Memory, chosen, skip_solved, solved_skipper
 from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.planning import Plan
@@ -277,8 +278,9 @@ def not_too_easy(history: History) -> bool:
 
 def test_a_curriculum_by_pass_rate(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def hard(history):\n    return not history or history[-1] is None\n")
-    assert get_curriculum("skip_solved") is skip_solved and get_curriculum(not_too_easy) is not_too_easy
-    hard = get_curriculum(f"{tmp_path}/mine.py:hard")
+    assert choose("curriculum", "skip_solved", CURRICULA) is skip_solved
+    assert choose("curriculum", not_too_easy, CURRICULA) is not_too_easy
+    hard = choose("curriculum", f"{tmp_path}/mine.py:hard", CURRICULA)
     assert [hard(history) for history in ([], [0.1], [0.1, None])] == [True, False, True]
     run = Run(lambda prompt: MIXED if prompt < 3 else FLAT, curricula=(not_too_easy,))
     for _ in range(2):

@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from grpo_hf import GRPOConfig
-from grpo_hf.packing.layout import LAYOUTS
-from grpo_hf.packing.split import split
-from grpo_hf.training import checkpoints, guards, resumable
+from grpo_hf.training import checkpoints, guards
 from grpo_hf.training.checkpoints import checkpoints_in, damage, is_finished, newest_checkpoint
 from grpo_hf.training.guards import GUARDS, GuardError, Seen, chosen_guards, is_disk_full
+from grpo_hf.training.policy import with_logprobs
 from tests.runs import AfterStep, logs, same, timeless, values, weights
 from tests.test_bad_input import poison
-from tests.tiny import UNEVEN, Gradients, random_groups, relative_error, tiny_trainer
+from tests.tiny import Gradients, relative_error, tiny_trainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
@@ -55,16 +54,19 @@ def test_settings_change_the_defaults() -> None:
 
 
 def engine_is_off(run: Any, *, by: float) -> None:
-    """Gives every micro-batch an engine's log-probs that are not the trainer's."""
-    original = run.stream.on_rollout
+    """Gives every sample an engine's log-probs that are not the trainer's."""
+    original = run.make_rollout
 
-    def on_rollout(rollout: Any) -> None:
-        original(rollout)
+    def make_rollout(index: int) -> Any:
+        rollout = original(index)
         for update in rollout.updates:
-            for batch in update.microbatches:
-                batch.rollout_logprobs = run._no_grad_logprobs(run.model_wrapped, run.model, batch) - by
+            found: dict[int, Any] = {}
+            for batch in run.policy.microbatches(update):
+                found |= batch.by_sample(run.policy.logprobs(batch) - by)
+            update.samples = with_logprobs(update.samples, rollout_logprobs=found)
+        return rollout
 
-    run.stream.on_rollout = on_rollout
+    run.make_rollout = make_rollout
 
 
 def worse_and_worse() -> Callable[..., Any]:
@@ -206,7 +208,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, name: str, steps: set[int]) -> No
             raise OSError(errno.ENOSPC, "No space left on device", str(folder))
         original(*arguments)
 
-    monkeypatch.setattr(resumable, name, write)
+    monkeypatch.setattr(checkpoints, name, write)
 
 
 @pytest.mark.parametrize("part", ["save_part", "finish"])
@@ -243,7 +245,7 @@ def test_what_a_full_disk_sounds_like() -> None:
 
 
 def test_other_errors_while_saving_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resumable, "save_part", lambda *_: 1 / 0)
+    monkeypatch.setattr(checkpoints, "save_part", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tiny_trainer(tmp_path, **SAVING).train()
     assert not is_finished(tmp_path / "checkpoint-1")
@@ -254,7 +256,7 @@ def test_other_errors_while_saving_are_raised(tmp_path: Path, monkeypatch: pytes
 
 def short_of_memory(run: Any, failing: set[int]) -> None:
     """These calls of the loss, counted from 1, end as on a GPU that is full, after their forward pass."""
-    original, calls = run._loss, []
+    original, calls = run.policy.objective, []
 
     def loss(*arguments: Any) -> Any:
         calls.append(1)
@@ -263,7 +265,7 @@ def short_of_memory(run: Any, failing: set[int]) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return made
 
-    run._loss = loss
+    run.policy.objective = loss
 
 
 TWO_UPDATES = {"gradient_accumulation_steps": 1, "steps_per_generation": 2, "num_iterations": 2}
@@ -292,14 +294,14 @@ def test_a_step_is_taken_again_with_half_the_tokens(
         assert [line.get("guards/out_of_memory", 0.0) for line in logs(run)].count(1.0) == len(failing)
     for got, expected in zip(*gradients, strict=True):
         assert relative_error(got, expected) < 1e-5
-    assert run.stream.plan.tokens_per_microbatch == 24
+    assert run.policy.tokens_per_microbatch == 24
     assert "tokens_per_microbatch=48; from here on it is 24" in caplog.text
 
 
 def test_running_out_of_memory_again_stops_the_run(tmp_path: Path) -> None:
     run = tiny_trainer(tmp_path, max_steps=3, tokens_per_microbatch=48, **SAVING)
     run.add_callback(AfterStep(lambda state, model: short_of_memory(run, {1, 2})))
-    with pytest.raises(GuardError, match=r"out of memory in step 2 on .* tokens_per_microbatch=24, which was halved before"):
+    with pytest.raises(GuardError, match=r"out of memory in step 2, tokens_per_microbatch=24, which was halved before"):
         run.train()
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
@@ -310,20 +312,6 @@ def test_other_errors_of_a_step_are_raised(tmp_path: Path, monkeypatch: pytest.M
     def broken(*_: Any) -> None:
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(run, "_loss", broken)
+    monkeypatch.setattr(run.policy, "objective", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         run.train()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("budget", [1, 17, 30, 1000])
-def test_split_keeps_every_token(layout: str, budget: int) -> None:
-    batch, *others = LAYOUTS[layout](random_groups(UNEVEN), tokens_per_microbatch=10_000)
-    assert not others
-    batch.old_logprobs = torch.arange(len(batch.targets)) / 8
-    parts = split(batch, tokens_per_microbatch=budget)
-    for name in ("targets", "advantages", "old_logprobs"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
-    assert all(part.num_tokens <= budget or part.num_sequences == 1 for part in parts)
-    assert (len(parts) == 1) == (budget == 1000)
-    assert parts[0].ref_logprobs is None

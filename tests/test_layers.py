@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"algorithm", "types"},
     "evaluation": BELOW_TRAINING,
     "training": BELOW_TRAINING | {"evaluation", "report"},
-    "toy": {"algorithm", "reward_fns", "rewards", "report"},
+    "toy": {"algorithm", "types", "reward_fns", "rewards", "report"},
     "cli": BELOW_TRAINING | {"training", "evaluation", "report", "toy", "grpo_hf"},
     "recipes": BELOW_TRAINING | {"training", "evaluation", "report", "toy", "cli", "grpo_hf"},
     "reward_fns": {"rewards", "types"},

@@ -62,7 +62,7 @@ def test_a_training_step_with_a_slow_verifier(tmp_path: Path) -> None:
     """Sampling hides the scoring of all groups but the last: its time is what is left of that."""
     settings = {"per_device_train_batch_size": 16, "max_steps": 2, "reward_workers": 2}
     trainer = tiny_trainer(tmp_path, reward=slow, dataset=PROMPTS * 2, **settings)
-    trainer.sampler.engine = SlowEngine(trainer.sampler.engine, seconds=0.3)
+    trainer.stream.sampler.engine = SlowEngine(trainer.stream.sampler.engine, seconds=0.3)
     trainer.train()
     entry = logs(trainer)[-1]  # the first step starts the workers
     scoring = 16 * SLEEP / 2

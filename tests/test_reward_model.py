@@ -79,7 +79,7 @@ def test_a_trainer_takes_reward_models(tmp_path: Path) -> None:
     name = trainer.rewards[0].name
     assert name == "LlamaForSequenceClassification"
     assert entry[f"rewards/{name}/std"] > 0
-    group = trainer.stream.rollout.groups[0]
+    group = trainer.rollout.groups[0]
     scores = RewardModel(model, tiny_tokenizer())(
         [group.prompt.raw] * len(group.completions), [item.text for item in group.completions]
     )

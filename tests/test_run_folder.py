@@ -79,7 +79,7 @@ def test_the_values_of_the_metrics(tmp_path: Path) -> None:
     """Against the rollout itself."""
     trainer = tiny_trainer(tmp_path, per_device_train_batch_size=16)
     trainer.train()
-    (entry,), groups = logs(trainer), trainer.stream.rollout.groups
+    (entry,), groups = logs(trainer), trainer.rollout.groups
     completions = [item for group in groups for item in group.completions]
     lengths = [len(item.ids) for item in completions]
     rewards = [item.reward for item in completions]
@@ -94,7 +94,8 @@ def test_the_values_of_the_metrics(tmp_path: Path) -> None:
     prompts = [len(group.prompt.ids) for group in groups]
     assert entry["num_tokens"] == sum(lengths) + 4 * sum(prompts)
     assert entry["tokens/padded_equivalent"] == 16 * (max(prompts) + max(lengths))
-    assert entry["tokens/forwarded"] == sum(b.num_tokens for u in trainer.stream.rollout.updates for b in u.microbatches)
+    batches = [batch for update in trainer.rollout.updates for batch in trainer.policy.microbatches(update)]
+    assert entry["tokens/forwarded"] == sum(batch.num_tokens for batch in batches)
     assert entry["tokens/forwarded"] <= sum(prompts) + sum(lengths) - 16 < entry["tokens/padded_equivalent"]
     times = sum(value for name, value in entry.items() if name.startswith("time/"))
     assert entry["tokens_per_second"] == pytest.approx(sum(lengths) / times)
@@ -125,12 +126,12 @@ def test_zero_signal_groups_are_counted_and_not_forwarded(tmp_path: Path) -> Non
     assert values(trainer, "frac_zero_signal_groups") == values(trainer, "frac_reward_zero_std") == [0.5]
     trained = {group.prompt.raw: sum(item.advantage != 0 for item in group.completions) for group in groups_of(trainer)}
     assert trained["w1"] == 0 < trained["w1 w2 w3"]
-    assert sum(batch.num_sequences for batch in trainer.stream.rollout.updates[0].microbatches) == trained["w1 w2 w3"]
+    assert len(trainer.rollout.updates[0].samples) == trained["w1 w2 w3"]
 
 
 def groups_of(trainer: GRPOTrainer) -> list:
     """The last rollout's groups."""
-    return trainer.stream.rollout.groups
+    return trainer.rollout.groups
 
 
 def test_metrics_jsonl_holds_every_log_line(tmp_path: Path) -> None:

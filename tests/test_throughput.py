@@ -44,8 +44,8 @@ def test_a_log_line_holds_the_updates_since_the_last(tmp_path: Path) -> None:
     """perf/tflops x time/forward_backward is what the updates cost, whatever was sampled or logged between."""
     trainer = tiny_trainer(tmp_path, max_steps=4, logging_steps=2, num_iterations=2)
     flops: list[int] = []
-    count = trainer.throughput.add
-    trainer.throughput.add = lambda batches: flops.append(count(batches)) or flops[-1]  # type: ignore[method-assign,func-returns-value]
+    count = trainer.recorder.throughput.add
+    trainer.recorder.throughput.add = lambda batches: flops.append(count(batches)) or flops[-1]  # type: ignore[method-assign,func-returns-value]
     trainer.train()
     assert len(flops) == 4
     for entry, updates in zip(logs(trainer), (flops[:2], flops[2:]), strict=True):
@@ -53,7 +53,8 @@ def test_a_log_line_holds_the_updates_since_the_last(tmp_path: Path) -> None:
         assert found == pytest.approx(sum(updates))
         assert entry["perf/mfu"] == pytest.approx(entry["perf/tflops"] / entry["perf/peak_tflops"])
     assert trainer.state.total_flos == sum(flops)
-    assert flops[-1] == update_flops(trainer.throughput.cost, trainer.stream.rollout.updates[0].microbatches) > 0
+    batches = trainer.policy.microbatches(trainer.rollout.updates[0])
+    assert flops[-1] == update_flops(trainer.recorder.throughput.cost, batches) > 0
 
 
 def test_a_resumed_run_counts_its_own_steps_only(tmp_path: Path) -> None:
@@ -63,9 +64,9 @@ def test_a_resumed_run_counts_its_own_steps_only(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, **settings)
     trainer.train(resume_from_checkpoint=True)
     (entry,) = logs(trainer)
-    (update,) = trainer.stream.rollout.updates
+    (update,) = trainer.rollout.updates
     found = entry["perf/tflops"] * 1e12 * 4 * entry["time/forward_backward"]
-    assert found == pytest.approx(update_flops(trainer.throughput.cost, update.microbatches))
+    assert found == pytest.approx(update_flops(trainer.recorder.throughput.cost, trainer.policy.microbatches(update)))
 
 
 LOGS = {"time/forward_backward": 0.5, "time/generate": 1.2, "time/other": 0.004, "time/log": 0.3, "reward": 1.0}

@@ -1,11 +1,17 @@
 """The toy: the lecture's model, its stuck loop, and the setting that solves it."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 import grpo_hf.toy.train as toy_train
+from grpo_hf.algorithm.advantages import ADVANTAGES
+from grpo_hf.algorithm.aggregation import AGGREGATIONS
+from grpo_hf.algorithm.kl import KL_ESTIMATORS
+from grpo_hf.algorithm.losses import LEVELS, LOSSES
 from grpo_hf.toy.cli import main
 from grpo_hf.toy.experiments import LECTURE, SOLVING, frozen_ratio_gradients, variance_example
 from grpo_hf.toy.model import SortingModel, generate, response_logprobs, side_by_side
@@ -136,24 +142,17 @@ def test_shapes_and_counts() -> None:
     assert result.samples_per_prompt == 8
 
 
-def spy(monkeypatch: pytest.MonkeyPatch, table: dict, name: str) -> list:
-    """Count the calls of one entry of an algorithm's dict."""
-    calls, function = [], table[name]
+def counted(function: Callable[..., Any], calls: list) -> Callable[..., Any]:
+    """The same function, which takes note of its calls."""
 
-    def wrapped(*args, **options):
+    def wrapped(*args: Any, **options: Any) -> Any:
         calls.append(args)
         return function(*args, **options)
 
-    monkeypatch.setitem(table, name, wrapped)
-    return calls
+    return wrapped
 
 
 def test_every_step_goes_through_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
-    from grpo_hf.algorithm.advantages import ADVANTAGES
-    from grpo_hf.algorithm.aggregation import AGGREGATIONS
-    from grpo_hf.algorithm.kl import KL_ESTIMATORS
-    from grpo_hf.algorithm.losses import LEVELS, LOSSES
-
     settings = ToySettings(
         advantage="centered",
         loss="sapo",
@@ -165,26 +164,32 @@ def test_every_step_goes_through_algorithm(monkeypatch: pytest.MonkeyPatch) -> N
         num_steps=3,
     )
     tables = ((ADVANTAGES, "centered"), (AGGREGATIONS, "constant_length"), (KL_ESTIMATORS, "k2"), (LEVELS, "sequence"))
-    calls = {name: spy(monkeypatch, table, name) for table, name in (*tables, (LOSSES, "sapo"))}
+    calls: dict[str, list] = {"sapo": []}
+    for table, name in tables:
+        calls[name] = []
+        monkeypatch.setitem(table, name, counted(table[name], calls[name]))
+    sapo, aggregation = LOSSES["sapo"]
+    monkeypatch.setitem(LOSSES, "sapo", (counted(sapo, calls["sapo"]), aggregation))
     train(settings, seeds=[0, 1])
     counts = {name: len(of_name) for name, of_name in calls.items()}
-    # Advantages once an epoch and seed, weights once, the rest at each of 2 x 3 steps.
-    assert counts == {"centered": 4, "constant_length": 1, "k2": 6, "sequence": 6, "sapo": 6}
+    # Advantages once an epoch and seed, the rest at each of 2 x 3 steps; loss and KL are aggregated.
+    assert counts == {"centered": 4, "constant_length": 12, "k2": 6, "sequence": 6, "sapo": 6}
 
 
 @pytest.mark.parametrize(
     ("table", "name", "replacement"),
     [
-        ("ADVANTAGES", "group", lambda rewards: -rewards),
-        ("LOSSES", "clipped", lambda logprobs, log_ratio, advantages, **_: advantages * logprobs),
-        ("LEVELS", "token", lambda logprobs, old, sequence, count: 0 * logprobs),
-        ("AGGREGATIONS", "token_mean", lambda sequence, count, denominators: torch.zeros(len(sequence))),
+        (ADVANTAGES, "group", lambda scores, weights: -scores.sum(-1)),
+        (LOSSES, "dapo", (lambda batch, **_: (batch.advantages * batch.logprobs, {}), "token_mean")),
+        (LEVELS, "token", lambda batch: 0 * batch.logprobs),
+        (AGGREGATIONS, "token_mean", lambda batch, denominators: torch.zeros(len(batch.logprobs))),
     ],
+    ids=["ADVANTAGES", "LOSSES", "LEVELS", "AGGREGATIONS"],
 )
-def test_what_algorithm_says_is_what_happens(monkeypatch, table: str, name: str, replacement) -> None:
+def test_what_algorithm_says_is_what_happens(monkeypatch, table: dict, name: str, replacement) -> None:
     settings = replace(SOLVING, num_epochs=20)
     sorted_before = train(settings).num_sorted[-1].item()
-    monkeypatch.setitem(getattr(toy_train, table), name, replacement)
+    monkeypatch.setitem(table, name, replacement)
     assert sorted_before == 3
     assert train(settings).num_sorted[-1].item() < 3
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from grpo_hf import GRPOConfig, GRPOTrainer
-from grpo_hf.algorithm.objective import LOSS_TYPES
+from grpo_hf.algorithm.losses import LOSSES
 from grpo_hf.packing.logprobs import batch_logprobs
 from tests.runs import AfterStep, logs, lora, same, values, weights
 from tests.tiny import (
@@ -110,9 +110,9 @@ def test_train_can_be_called_again(tmp_path: Path) -> None:
     """It samples anew: the first rollout of the second call comes from the weights as they are."""
     trainer = tiny_trainer(tmp_path)
     trainer.train()
-    first = trainer.stream.rollout
+    first = trainer.rollout
     trainer.train()
-    assert trainer.stream.rollout is not first
+    assert trainer.rollout is not first
     assert values(trainer, "clip_ratio/region_mean") == [0.0]
     assert values(trainer, "tokens/sampled")[-1] > 0
 
@@ -133,7 +133,7 @@ def test_rewards_are_weighted_and_summed(tmp_path: Path) -> None:
         expected = 2 * entry["rewards/even_words/mean"] - entry["rewards/length/mean"]
         assert entry["reward"] == pytest.approx(expected)
         assert "rewards/never/mean" not in entry, "it never applied"
-    for group in trainer.stream.rollout.groups:
+    for group in trainer.rollout.groups:
         for item in group.completions:
             assert item.reward == 2 * item.rewards["even_words"] - item.rewards["length"]
 
@@ -162,7 +162,7 @@ def test_chat_prompts(tmp_path: Path) -> None:
     trainer.train()
     words = trainer.processing_class.convert_ids_to_tokens(trainer.prompts.ids[0])
     assert words == ["w86", "w1", "w2", "w84", "w3", "w90"]
-    text = trainer.stream.rollout.groups[0].completions[0].text
+    text = trainer.rollout.groups[0].completions[0].text
     assert seen[:2] == [(chat, [{"role": "assistant", "content": text}]), (chat, text)]
 
     trainer = tiny_trainer(tmp_path, **options, chat_template_kwargs={"start": "w91"})
@@ -180,7 +180,7 @@ def test_prompts_come_in_the_datasets_order_without_shuffling(tmp_path: Path) ->
 
 def indices(trainer: GRPOTrainer) -> list[int]:
     """Dataset rows of the rollout that is being trained on."""
-    return [group.prompt.index for group in trainer.stream.rollout.groups]
+    return [group.prompt.index for group in trainer.rollout.groups]
 
 
 # ---- Several updates on a rollout
@@ -193,7 +193,7 @@ def test_num_iterations_and_steps_per_generation(tmp_path: Path) -> None:
     model.generation_config.eos_token_id = sampled_by.generation_config.eos_token_id = list(range(VOCAB - 20, VOCAB))
     steps: list[tuple[int, list[int]]] = []
     settings = {"max_steps": 5, "num_iterations": 2, "steps_per_generation": 2, "learning_rate": 1e-2}
-    callback = AfterStep(lambda state, _: steps.append((trainer.stream.rollout.index, indices(trainer))))
+    callback = AfterStep(lambda state, _: steps.append((trainer.rollout.index, indices(trainer))))
     trainer = tiny_trainer(tmp_path, model=model, callbacks=[callback], keep_zero_signal=True, **settings)
     old: list[Tensor] = []
     check = AfterStep(lambda state, _: old.append(rollout_logprobs(trainer, sampled_by)) if state.global_step == 4 else None)
@@ -212,8 +212,8 @@ def test_num_iterations_and_steps_per_generation(tmp_path: Path) -> None:
 
 def rollout_logprobs(trainer: GRPOTrainer, model: nn.Module) -> tuple[Tensor, Tensor]:
     """The kept log-probs of a rollout's updates, and a model's."""
-    model.set_attn_implementation("shared_prefix")
-    batches = [batch for update in trainer.stream.rollout.updates for batch in update.microbatches]
+    model.set_attn_implementation("token_tree")
+    batches = [batch for update in trainer.rollout.updates for batch in trainer.policy.microbatches(update)]
     with torch.no_grad():
         expected = [batch_logprobs(model, batch)[0] for batch in batches]
     return torch.cat([batch.old_logprobs for batch in batches]), torch.cat(expected)
@@ -245,9 +245,9 @@ def test_kl_to_the_reference_starts_at_0_and_grows(tmp_path: Path, peft_config: 
     assert kl[-1] > kl[1] > 1e-4
     assert (reference is None) == (peft_config is lora), "under LoRA it is the base model, adapter switched off"
     assert reference is None or same(weights(trainer.ref_model), reference)
-    for batch in trainer.stream.rollout.updates[0].microbatches:
+    for batch in trainer.policy.microbatches(trainer.rollout.updates[0]):
         base = tiny_model()
-        base.set_attn_implementation("shared_prefix")
+        base.set_attn_implementation("token_tree")
         with torch.no_grad():
             expected = batch_logprobs(base, batch)[0]
         torch.testing.assert_close(batch.ref_logprobs, expected, atol=1e-5, rtol=0)
@@ -320,16 +320,14 @@ def test_bf16(tmp_path: Path, peft_config: Any) -> None:
         kept = Gradients()
         settings = {"bf16": bf16, "gradient_checkpointing": bf16, "callbacks": [kept], "beta": 0.1}
         trainer = tiny_trainer(tmp_path, peft_config=peft_config(), **settings)
-        make = trainer.stream.make
-        trainer.stream.make = lambda index: rollouts[0] if rollouts else make(index)
+        make = trainer.make_rollout
+        trainer.make_rollout = lambda index: rollouts[0] if rollouts else make(index)
         trainer.train()
-        rollouts.append(trainer.stream.rollout)
+        rollouts.append(trainer.rollout)
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
         return kept.steps[0]
 
     full = gradients(False)
-    for batch in rollouts[0].updates[0].microbatches:
-        batch.old_logprobs = None
     assert 1e-6 < relative_error(gradients(True), full) < 0.1
 
 
@@ -353,7 +351,7 @@ def test_dropout_is_switched_off(tmp_path: Path) -> None:
     assert {m.p for m in tiny_trainer(tmp_path, model=model()).model.modules() if isinstance(m, nn.Dropout)} == {0.0}
     kept = tiny_trainer(tmp_path, model=model(), disable_dropout=False)
     assert {m.p for m in kept.model.modules() if isinstance(m, nn.Dropout)} == {0.1}
-    assert kept.stream.plan.layout == "padded"
+    assert kept.policy.layout == "padded"
 
 
 # ---- Loss
@@ -361,7 +359,7 @@ def test_dropout_is_switched_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss_type_trains(tmp_path: Path, loss_type: str, level: str, layout: str) -> None:
     bound = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
     settings = {"loss_type": loss_type, "importance_sampling_level": level, "token_layout": layout, **bound}
@@ -376,13 +374,12 @@ def test_truncated_completions_can_be_masked(tmp_path: Path) -> None:
     """They have rewards and advantages, but no token of theirs is counted or trained on."""
     trainer = tiny_trainer(tmp_path, mask_truncated_completions=True, per_device_train_batch_size=16)
     trainer.train()
-    completions = [item for group in trainer.stream.rollout.groups for item in group.completions]
+    completions = [item for group in trainer.rollout.groups for item in group.completions]
     ended = [item for item in completions if not item.truncated]
     assert 0 < len(ended) < len(completions) == 16
-    (update,) = trainer.stream.rollout.updates
+    (update,) = trainer.rollout.updates
     assert update.denominators.tokens == sum(len(item.ids) for item in ended)
-    trained_on = sum(batch.num_sequences for batch in update.microbatches)
-    assert trained_on == sum(item.advantage != 0 for item in ended)
+    assert len(update.samples) == sum(item.advantage != 0 for item in ended)
 
 
 def test_nothing_is_learned_when_all_are_masked(tmp_path: Path) -> None:

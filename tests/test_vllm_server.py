@@ -149,7 +149,7 @@ def test_the_samples_are_those_of_vllm_in_process(server: Server, tmp_path: Path
     for settings in (server.settings(), {"use_vllm": True}):
         trainer = vllm_trainer(tmp_path, max_steps=1, **settings)
         trainer.train()
-        first.append(ids([group.completions for group in trainer.stream.rollout.groups]))
+        first.append(ids([group.completions for group in trainer.rollout.groups]))
     assert first[0] == first[1]
 
 

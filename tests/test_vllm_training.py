@@ -49,10 +49,10 @@ def test_first_ratio_is_one_and_the_engine_agrees(tmp_path: Path, monkeypatch: p
     ratios: dict[int, list] = defaultdict(list)
     objective = Objective.__call__
 
-    def observed(self, logprobs, *args, old_logprobs, rollout_logprobs, **options):
-        ratios[trainer.state.global_step].append((logprobs - old_logprobs).detach().exp())
-        assert (old_logprobs - rollout_logprobs).abs().max() < 1e-3
-        return objective(self, logprobs, *args, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs, **options)
+    def observed(self, batch, denominators):
+        ratios[trainer.state.global_step].append((batch.logprobs - batch.old_logprobs).detach().exp())
+        assert (batch.old_logprobs - batch.rollout_logprobs).abs().max() < 1e-3
+        return objective(self, batch, denominators)
 
     monkeypatch.setattr(Objective, "__call__", observed)
     trainer.train()
@@ -88,7 +88,7 @@ def test_the_reward_rises(tmp_path: Path, lora: bool) -> None:
     settings = {"max_steps": 25, "learning_rate": 0.01, "num_generations": 8, "per_device_train_batch_size": 32}
     trainer = vllm_trainer(tmp_path, reward=reward, peft_config=LORA if lora else None, seed=3, **settings)
     base = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
-    assert isinstance(trainer.sampler.engine, VLLMEngine)
+    assert isinstance(trainer.stream.sampler.engine, VLLMEngine)
     trainer.train()
     rewards = [line["reward"] for line in lines(trainer)]
     print(f"\n{'lora' if lora else 'full'}: reward {rewards[0]:.2f} -> {sum(rewards[-5:]) / 5:.2f}")

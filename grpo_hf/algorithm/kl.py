@@ -1,6 +1,6 @@
-"""Per-token estimates [token] of KL(π_θ || π_ref) from samples of π_θ (Schulman 2020, "Approximating KL divergence").
+"""Per-token estimates of KL(π_θ || π_ref) from samples of π_θ (Schulman 2020, "Approximating KL divergence").
 
-All take d = log π_ref - log π_θ of the sampled tokens.
+An estimator takes d = log π_ref - log π_θ of the sampled tokens, [token], and returns its estimate there, [token].
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from grpo_hf.types import TokenBatch
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -38,3 +40,13 @@ def bias_corrected(kl: Tokens, policy_log_ratio: Tokens) -> Tokens:
     """r * kl with a differentiable r = π_θ / π_old: the gradient becomes that of the reverse KL (DeepSeek-V3.2, arXiv
     2512.02556); the value changes only off-policy."""
     return policy_log_ratio.exp() * kl
+
+
+def kl_to_reference(
+    batch: TokenBatch, *, estimator: Callable[[Tokens], Tokens] = k3, bias_correction: bool = True
+) -> tuple[Tokens, dict[str, Tokens]]:
+    """The estimate of KL(π_θ || π_ref) at each token, [token], which carries the gradient; it is its own metric, "kl"."""
+    assert batch.ref_logprobs is not None and batch.log_ratio is not None
+    kl = estimator(batch.ref_logprobs - batch.logprobs)
+    kl = bias_corrected(kl, batch.log_ratio) if bias_correction else kl
+    return kl, {"kl": kl}

@@ -1,4 +1,4 @@
-"""Sums and means over the tokens of each completion, for tokens of many completions laid out in one row."""
+"""Sums and means over the tokens of each completion, for tokens of many completions in one row."""
 
 from __future__ import annotations
 
@@ -6,24 +6,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from grpo_hf.types import PackedBatch, TokenBatch
+
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
 
 
-def sequence_sum(
-    values: Float[Tensor, " token"], sequence: Int[Tensor, " token"], num_sequences: int
-) -> Float[Tensor, " sequence"]:
-    """Sum of each completion's token values; ``sequence`` is the completion that each token belongs to."""
-    return values.new_zeros(num_sequences).index_add(0, sequence, values)
+def sequence_sum(values: Float[Tensor, " token"], batch: TokenBatch | PackedBatch) -> Float[Tensor, " completion"]:
+    """Σ_t v_t over each completion's tokens in the batch; 0 for a completion without any."""
+    return values.new_zeros(len(batch.lengths)).index_add(0, batch.completion, values)
 
 
-def sequence_lengths(sequence: Int[Tensor, " token"], num_sequences: int) -> Int[Tensor, " sequence"]:
-    """Number of tokens of each completion."""
-    return sequence.bincount(minlength=num_sequences)
-
-
-def sequence_mean(
-    values: Float[Tensor, " token"], sequence: Int[Tensor, " token"], num_sequences: int
-) -> Float[Tensor, " sequence"]:
-    """Mean of each completion's token values; 0 for a completion without tokens."""
-    return sequence_sum(values, sequence, num_sequences) / sequence_lengths(sequence, num_sequences).clamp(min=1)
+def sequence_mean(values: Float[Tensor, " token"], batch: TokenBatch | PackedBatch) -> Float[Tensor, " completion"]:
+    """Σ_t v_t / |o_i|, with |o_i| the targets of the whole completion; 0 for a completion without any."""
+    return sequence_sum(values, batch) / batch.lengths.clamp(min=1)

@@ -1,7 +1,7 @@
-"""Attention over a shared-prefix packed row, registered with transformers so that no model code is patched.
+"""Attention over a token tree, registered with transformers so that no model code is patched.
 
-`model(..., prefix_layout=layout)` reaches `shared_prefix_attention` as a keyword; without that keyword the function is
-transformers' own `sdpa`, so generation and padded batches go on as before under the same name.
+`model(..., tree=tree)` reaches `tree_attention` as a keyword; without that keyword the function is transformers' own `sdpa`,
+so generation and padded batches go on as before under the same name.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from grpo_hf.packing.cascade import prefix_and_own
-from grpo_hf.types import PrefixLayout
+from grpo_hf.packing.cascade import tree_cascade
+from grpo_hf.types import TokenTree
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
     Heads = Float[Tensor, "batch head time dim"]
 
-SHARED_PREFIX = "shared_prefix"
-"""The name under which a model selects this attention: `model.set_attn_implementation(SHARED_PREFIX)`."""
+TOKEN_TREE = "token_tree"
+"""The name under which a model selects this attention: `model.set_attn_implementation(TOKEN_TREE)`."""
 
 BLOCK = 128
 """Queries and keys of a FlexAttention block."""
@@ -37,7 +37,7 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """What a model asks of its attention scores beyond the layout."""
+    """What a model asks of its attention scores beyond the tree."""
 
     scaling: float
     """Factor on q k^T."""
@@ -51,65 +51,65 @@ class ScoreRule:
         return self.sliding_window is None or self.sliding_window >= num_keys
 
 
-def shared_prefix_attention(
+def tree_attention(
     module: nn.Module,
     query: Heads,
     key: Float[Tensor, "batch kv_head time dim"],
     value: Float[Tensor, "batch kv_head time dim"],
     attention_mask: Tensor | None,
     *,
-    prefix_layout: PrefixLayout | None = None,
+    tree: TokenTree | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch time head dim"], None]:
-    """softmax(q k^T * scaling) v, where a prompt sees itself causally and a completion its prompt and itself.
+    """softmax(q k^T * scaling) v over the tokens that each token follows on in the tree, and itself.
 
-    Everything but ``prefix_layout`` is transformers' attention interface. Raises ValueError for attention dropout, which
+    Everything but ``tree`` is transformers' attention interface. Raises ValueError for attention dropout, which
     would make π_θ another distribution at every forward.
     """
     rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
-    if prefix_layout is None and softcap is None:
+    if tree is None and softcap is None:
         options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if dropout:
         raise ValueError(f"this attention takes no dropout, got {dropout}: set disable_dropout=True")
-    if prefix_layout is None:
+    if tree is None:
         out = _one_sequence(query, key, value, attention_mask, rule)
     else:
-        out = _implementation(query, value, prefix_layout, rule)(query, key, value, prefix_layout, rule)
+        out = _implementation(query, value, tree, rule)(query, key, value, tree, rule)
     return rearrange(out, "batch head time dim -> batch time head dim").contiguous(), None
 
 
-def _implementation(query: Heads, value: Tensor, layout: PrefixLayout, rule: ScoreRule) -> Callable[..., Heads]:
+def _implementation(query: Heads, value: Tensor, tree: TokenTree, rule: ScoreRule) -> Callable[..., Heads]:
     """What is fastest of those that can do it."""
     if query.is_cuda:
         return _flex
-    plain = rule.softcap is None and rule.sees_all(layout.longest) and query.shape[-1] == value.shape[-1]
-    return cascade if plain else by_span
+    plain = rule.softcap is None and rule.sees_all(tree.longest) and query.shape[-1] == value.shape[-1]
+    return cascade if plain else by_path
 
 
-def by_span(query: Heads, key: Tensor, value: Tensor, layout: PrefixLayout, rule: ScoreRule) -> Heads:
-    """One attention call a prompt, and one a completion, whose keys are its prompt's and its own; for any rule."""
+def by_path(query: Heads, key: Tensor, value: Tensor, tree: TokenTree, rule: ScoreRule) -> Heads:
+    """One attention call a node, whose keys are those of the path to it, as far as the window reaches; for any rule."""
     repeats = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-
-    def take(states: Heads, spans: list[range]) -> Heads:
-        return torch.cat([states[:, :, span.start : span.stop] for span in spans], dim=2)
-
+    paths: list[list[slice]] = []
     parts = []
-    for prompt, completions in layout.spans:
-        for seen in ([prompt], *([prompt, completion] for completion in completions)):
-            parts.append(attend(take(query, seen[-1:]), take(key, seen), take(value, seen), rule))
+    for node in tree.nodes:
+        own = slice(node.span.start, node.span.stop)
+        paths.append([*(paths[node.parent] if node.parent >= 0 else []), own])
+        keys, values = (torch.cat([states[:, :, span] for span in paths[-1]], dim=2) for states in (key, value))
+        reach = len(node.span) - 1 + (rule.sliding_window or tree.longest)
+        parts.append(attend(query[:, :, own], keys[:, :, -reach:], values[:, :, -reach:], rule))
     return torch.cat(parts, dim=2)
 
 
-def cascade(query: Heads, key: Tensor, value: Tensor, layout: PrefixLayout, rule: ScoreRule) -> Heads:
+def cascade(query: Heads, key: Tensor, value: Tensor, tree: TokenTree, rule: ScoreRule) -> Heads:
     """No key is copied and no mask is made, on the CPU; see cascade.py."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    return prefix_and_own(query.to(dtype), key.to(dtype), value.to(dtype), layout.spans, rule.scaling)
+    return tree_cascade(query.to(dtype), key.to(dtype), value.to(dtype), tree.nodes, rule.scaling)
 
 
 def attend(query: Heads, key: Heads, value: Heads, rule: ScoreRule, mask: Tensor | None = None) -> Heads:
@@ -136,7 +136,7 @@ def causal_mask(
 
 
 def _one_sequence(query: Heads, key: Tensor, value: Tensor, mask: Tensor | None, rule: ScoreRule) -> Heads:
-    """Rows without a layout, for models with a softcap, which transformers' sdpa would leave out."""
+    """Rows that are no tree, for models with a softcap, which transformers' sdpa would leave out."""
     repeats = query.shape[1] // key.shape[1]
     return attend(query, repeat_kv(key, repeats), repeat_kv(value, repeats), rule, mask)
 
@@ -146,10 +146,10 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _flex(query: Heads, key: Tensor, value: Tensor, layout: PrefixLayout, rule: ScoreRule) -> Heads:
+def _flex(query: Heads, key: Tensor, value: Tensor, tree: TokenTree, rule: ScoreRule) -> Heads:
     """One FlexAttention call (Dong et al. 2024, arXiv 2412.05496): no key is copied, no score matrix is held."""
-    if rule.sliding_window not in layout.block_masks:
-        layout.block_masks[rule.sliding_window] = block_mask(layout, rule.sliding_window)
+    if rule.sliding_window not in tree.block_masks:
+        tree.block_masks[rule.sliding_window] = block_mask(tree, rule.sliding_window)
 
     softcap = rule.softcap or 0.0
 
@@ -161,26 +161,24 @@ def _flex(query: Heads, key: Tensor, value: Tensor, layout: PrefixLayout, rule: 
         key,
         value,
         score_mod=None if rule.softcap is None else cap,
-        block_mask=layout.block_masks[rule.sliding_window],
+        block_mask=tree.block_masks[rule.sliding_window],
         scale=rule.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
-def block_mask(layout: PrefixLayout, sliding_window: int | None) -> BlockMask:
-    """FlexAttention's form of the layout, shared by all layers with the same window; made a row of blocks at a time, so that
+def block_mask(tree: TokenTree, sliding_window: int | None) -> BlockMask:
+    """FlexAttention's form of the tree, shared by all layers with the same window; made a row of blocks at a time, so that
     no [time time] mask is held."""
 
-    def may_look(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same_prompt = layout.prompt_of[q] == layout.prompt_of[k]
-        visible = (layout.completion_of[k] == -1) | (layout.completion_of[k] == layout.completion_of[q])
-        allowed = same_prompt & visible & (k <= q)
-        if sliding_window is None:
-            return allowed
-        return allowed & (layout.position_of[q] - layout.position_of[k] < sliding_window)
+    reach, depth = tree.reach, tree.depth
 
-    length = len(layout.prompt_of)
-    places, zero = torch.arange(length, device=layout.prompt_of.device), layout.prompt_of.new_zeros(())
+    def may_look(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        allowed = (k <= q) & (q < reach[k])
+        return allowed if sliding_window is None else allowed & (depth[q] - depth[k] < sliding_window)
+
+    length = len(reach)
+    places, zero = torch.arange(length, device=reach.device), reach.new_zeros(())
     rows = (may_look(zero, zero, queries[:, None], places) for queries in places.split(BLOCK))
     pairs = torch.stack([pad(row, (0, -length % BLOCK)).unflatten(1, (-1, BLOCK)).sum((0, 2)) for row in rows])
     full = pairs == BLOCK**2
@@ -199,5 +197,5 @@ def _listed(blocks: Bool[Tensor, "row column"]) -> tuple[Tensor, Tensor]:
     return blocks.sum(1).int()[None, None], columns.int()[None, None]
 
 
-AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
-AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)
+AttentionInterface.register(TOKEN_TREE, tree_attention)
+AttentionMaskInterface.register(TOKEN_TREE, sdpa_mask)

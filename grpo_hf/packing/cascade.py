@@ -1,5 +1,5 @@
-"""Attention over a shared-prefix row in two parts that are put together: what a token sees of its own sequence's span, and
-what a completion sees of its prompt (Hydragen; Juravsky et al. 2024, arXiv 2402.05099).
+"""Attention over a token tree in parts that are put together: what a token sees of its own run, and of each run before it
+(Hydragen, one level: Juravsky et al. 2024, arXiv 2402.05099; here of any depth).
 
 With a token's keys split into sets s, Z_s = Σ_{k in s} exp(q·k) and o_s the attention over s alone:
 
@@ -11,6 +11,7 @@ Dao et al. 2022, arXiv 2205.14135: dq, dk and dv need nothing else of the other 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,46 +21,46 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-Spans = list[tuple[range, list[range]]]
+    from grpo_hf.types import Node
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def prefix_and_own(
+def tree_cascade(
     query: Float[Tensor, "1 head time dim"],
     key: Float[Tensor, "1 kv_head time dim"],
     value: Float[Tensor, "1 kv_head time dim"],
-    spans: Spans,
+    nodes: Sequence[Node],
     scaling: float,
 ) -> Float[Tensor, "1 head time dim"]:
-    """softmax(q k^T * scaling) v of a packed row on the CPU, where a prompt sees itself causally and a completion its
-    prompt and itself; ``spans`` are PrefixLayout's. No key is copied, and no mask is made."""
-    return _PrefixAndOwn.apply(query, key, value, spans, scaling)
+    """softmax(q k^T * scaling) v on the CPU, where a token sees its own run up to itself and all runs before that.
+
+    Each run attends to itself causally; then everything below a run, which lies behind it in one piece, attends to it in one
+    call. No key is copied, and no mask is made.
+    """
+    return _TreeCascade.apply(query, key, value, nodes, scaling)
 
 
-class _PrefixAndOwn(torch.autograd.Function):
+class _TreeCascade(torch.autograd.Function):
     """States are [kv_head, head of it, time, dim]; keys and values are shared by the heads of a kv_head without a copy."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, nodes: Sequence[Node], scaling: float) -> Tensor:
         q, k, v = _by_kv_head(query, key, value)
         out = torch.empty_like(q.permute(2, 0, 1, 3), memory_format=torch.contiguous_format).permute(1, 2, 0, 3)
         log_z = q.new_empty(q.shape[:3], dtype=torch.float32)
-        for prompt, completions in spans:
-            for own in map(_slice, (prompt, *filter(len, completions))):
-                out[:, :, own], log_z[:, :, own] = _forward(
-                    q[:, :, own], k[:, :, own], v[:, :, own], 0.0, True, scale=scaling
-                )
-            if rest := _rest(prompt, completions):
-                seen = _slice(prompt)
-                o, log_z_seen = _forward(q[:, :, rest], k[:, :, seen], v[:, :, seen], 0.0, False, scale=scaling)
-                whole = torch.logaddexp(log_z[:, :, rest], log_z_seen)
-                out[:, :, rest] *= (log_z[:, :, rest] - whole).exp_().unsqueeze(-1)
-                out[:, :, rest] += o * (log_z_seen - whole).exp_().unsqueeze(-1)
-                log_z[:, :, rest] = whole
+        for own, _ in map(_spans, nodes):
+            out[:, :, own], log_z[:, :, own] = _forward(q[:, :, own], k[:, :, own], v[:, :, own], 0.0, True, scale=scaling)
+        for seen, below in map(_spans, nodes):
+            if below is not None:
+                o, log_z_seen = _forward(q[:, :, below], k[:, :, seen], v[:, :, seen], 0.0, False, scale=scaling)
+                whole = torch.logaddexp(log_z[:, :, below], log_z_seen)
+                out[:, :, below] *= (log_z[:, :, below] - whole).exp_().unsqueeze(-1)
+                out[:, :, below] += o * (log_z_seen - whole).exp_().unsqueeze(-1)
+                log_z[:, :, below] = whole
         ctx.save_for_backward(query, key, value, out, log_z)
-        ctx.spans, ctx.scaling = spans, scaling
+        ctx.nodes, ctx.scaling = nodes, scaling
         return rearrange(out, "kv rep time dim -> 1 (kv rep) time dim")
 
     @staticmethod
@@ -84,13 +85,12 @@ class _PrefixAndOwn(torch.autograd.Function):
             )
             return to_q, to_k.sum(1), to_v.sum(1)
 
-        for prompt, completions in ctx.spans:
-            for own in map(_slice, (prompt, *filter(len, completions))):
-                of_q[:, :, own], grad_k[0, :, own], grad_v[0, :, own] = part(own, own, True)
-            if rest := _rest(prompt, completions):
-                seen = _slice(prompt)
-                to_q, to_k, to_v = part(rest, seen, False)
-                of_q[:, :, rest] += to_q
+        for own, _ in map(_spans, ctx.nodes):
+            of_q[:, :, own], grad_k[0, :, own], grad_v[0, :, own] = part(own, own, True)
+        for seen, below in map(_spans, ctx.nodes):
+            if below is not None:
+                to_q, to_k, to_v = part(below, seen, False)
+                of_q[:, :, below] += to_q
                 grad_k[0, :, seen] += to_k
                 grad_v[0, :, seen] += to_v
         return grad_q, grad_k, grad_v, None, None
@@ -102,10 +102,7 @@ def _by_kv_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
     return q, k, v
 
 
-def _slice(span: range) -> slice:
-    return slice(span.start, span.stop)
-
-
-def _rest(prompt: range, completions: list[range]) -> slice | None:
-    """The completions' tokens, which follow their prompt's."""
-    return slice(prompt.stop, prompt.stop + total) if (total := sum(map(len, completions))) else None
+def _spans(node: Node) -> tuple[slice, slice | None]:
+    """A node's own tokens, and everything below it."""
+    below = slice(node.span.stop, node.end) if node.end > node.span.stop else None
+    return slice(node.span.start, node.span.stop), below

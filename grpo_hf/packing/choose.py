@@ -2,43 +2,45 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from grpo_hf.algorithm.logits import token_logprobs
-from grpo_hf.packing.attention import SHARED_PREFIX
+from grpo_hf.packing.attention import TOKEN_TREE
 from grpo_hf.packing.layout import packed_batch, padded_batch
 from grpo_hf.packing.logprobs import batch_logprobs
-from grpo_hf.types import Completion, Group, PackedBatch, Prompt
+from grpo_hf.types import TrainingSample
 
 logger = logging.get_logger(__name__)
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
 """Largest accepted difference of a log-prob, in nats, in float32 and in half precision."""
 
-COMPLETION_LENGTHS = (5, 1, 3)
-"""Of the completions that the layouts are tried on; uneven, with a one-token completion."""
+CONTINUATIONS = (5, 1, 3)
+"""Tokens that follow the prompts which the layouts are tried on, and that follow those again: a tree of three levels."""
 
 
 @torch.no_grad()
 def choose_layout(model: PreTrainedModel, prompts: list[list[int]], requested: str = "auto") -> str:
-    """ "packed" where a packed row gives the same log-probs as the model's own forward row by row, else "padded".
+    """ "packed" where a token tree gives the same log-probs as the model's own forward row by row, else "padded".
 
     ``prompts`` are the token ids of a few real prompts to try on. The choice is logged with its reason, and the model is
     left set up for it. Raises ValueError when the requested layout (or, with "auto", neither) gives those log-probs.
     """
     was_training, own_attention = model.training, model.config._attn_implementation
     model.eval()
-    groups = _groups_to_try(prompts)
+    samples = _samples_to_try(prompts)
     if model._supports_attention_backend:
         model.set_attn_implementation("eager")  # sdpa leaves out soft caps and sinks
-    expected = torch.cat([_row_logprobs(model, group, item) for group in groups for item in group.completions])
+    expected = torch.cat([_row_logprobs(model, sample) for sample in samples])
     tolerance = TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE
     reasons: list[str] = []
     for layout in ("packed", "padded") if requested == "auto" else (requested,):
-        reason = _why_not(model, layout, groups, expected, tolerance, own_attention)
+        reason = _why_not(model, layout, samples, expected, tolerance, own_attention)
         if reason is None:
             model.train(was_training)
             logger.warning_once(f"Token layout: {layout}" + "".join(f" ({text})" for text in reasons))
@@ -60,7 +62,12 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _why_not(
-    model: PreTrainedModel, layout: str, groups: list[Group], expected: Tensor, tolerance: float, own_attention: str
+    model: PreTrainedModel,
+    layout: str,
+    samples: list[TrainingSample],
+    expected: Tensor,
+    tolerance: float,
+    own_attention: str,
 ) -> str | None:
     if layout == "packed" and not model._supports_attention_backend:
         return "its attention does not go through transformers' AttentionInterface"
@@ -70,24 +77,42 @@ def _why_not(
     ):
         return "its attention has dropout (disable_dropout=True switches that off)"
     if model._supports_attention_backend:
-        model.set_attn_implementation(SHARED_PREFIX if layout == "packed" else own_attention)
-    batch: PackedBatch = packed_batch(groups) if layout == "packed" else padded_batch(groups)
-    difference = (batch_logprobs(model, batch.to(model.device))[0] - expected).abs().max().item()
+        model.set_attn_implementation(TOKEN_TREE if layout == "packed" else own_attention)
+    batch = packed_batch(samples) if layout == "packed" else padded_batch(samples)
+    try:
+        logprobs, _ = batch_logprobs(model, batch.to(model.device))
+    except Exception as error:  # whatever a model's own code makes of a mask or keyword that it was not written for
+        return f"its forward ends in {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    difference = (logprobs - expected).abs().max().item()
     return None if difference <= tolerance else f"its log-probs differ by up to {difference:.3g} nats"
 
 
-def _groups_to_try(prompts: list[list[int]]) -> list[Group]:
-    """The prompts' own tokens serve as completions too, so every id is in the vocabulary."""
-    return [
-        Group(
-            Prompt(ids=ids, raw="", row={}, index=number),
-            [Completion((ids * length)[-length:], truncated=False) for length in COMPLETION_LENGTHS],
-        )
-        for number, ids in enumerate(prompts)
-    ]
+def _samples_to_try(prompts: list[list[int]]) -> list[TrainingSample]:
+    """Each prompt with continuations, and theirs; made of the prompts' own tokens, so that every id is in the vocabulary."""
+    samples: list[TrainingSample] = []
+    for group, ids in enumerate(prompts):
+        for first, second in product(range(len(CONTINUATIONS)), repeat=2):
+            turns = [
+                [ids[(place + shift) % len(ids)] for place in range(CONTINUATIONS[n])]
+                for shift, n in ((1, first), (2, second))
+            ]
+            sequence = (*ids, *turns[0], *turns[1])
+            is_target = torch.arange(len(sequence)) >= len(ids)
+            samples.append(
+                TrainingSample(
+                    ids=sequence,
+                    is_target=is_target,
+                    advantages=is_target.float(),
+                    completion=len(samples),
+                    group=group,
+                    completion_length=int(is_target.sum()),
+                    versions=torch.zeros(int(is_target.sum()), dtype=torch.long),
+                )
+            )
+    return samples
 
 
-def _row_logprobs(model: PreTrainedModel, group: Group, completion: Completion) -> Tensor:
-    ids = torch.tensor([group.prompt.ids + completion.ids], device=model.device)
-    start = len(group.prompt.ids)
-    return token_logprobs(model(input_ids=ids).logits[0, start - 1 : -1].float(), ids[0, start:])
+def _row_logprobs(model: PreTrainedModel, sample: TrainingSample) -> Tensor:
+    ids = torch.tensor([sample.ids], device=model.device)
+    logprobs = token_logprobs(model(input_ids=ids).logits[0, :-1].float(), ids[0, 1:])
+    return logprobs[sample.is_target[1:]]

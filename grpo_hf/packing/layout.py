@@ -1,20 +1,30 @@
-"""Groups -> micro-batches under a token budget; pure, and the same numbers on every process.
+"""Training samples -> micro-batches under a token budget; pure, and the same numbers on every process.
 
-packed    [prompt, c1, c2, ..., cG][prompt, c1, ...]   every real token once; attention reads PrefixLayout
-padded    one row a completion, prompt repeated        for models whose attention cannot be told the layout
+packed    one row, each token of the samples' tree once    attention reads TokenTree
+padded    one row a sample, padded to the longest          for models whose attention cannot be told the tree
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from grpo_hf.types import Completion, Group, PackedBatch, PrefixLayout
+from grpo_hf.packing.tree import Ids, Run, cut, size, token_runs, without_short_runs
+from grpo_hf.types import Node, PackedBatch, TokenTree, TrainingSample
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
 
 TOKENS_PER_MICROBATCH = {"cpu": 2048, "cuda": 8192}
 """Budget by device: with more tokens a CPU spends its time on fresh memory (`python -m benchmarks.scaling --axis budget`); a
 GPU wants many."""
+
+LEAST_SAVED = 4
+"""Tokens that a run has to save to be worth a node, which takes calls of its own in every layer."""
 
 
 def default_budget(device: torch.device, *, longest_prompt: int, longest_group: int) -> int:
@@ -24,137 +34,152 @@ def default_budget(device: torch.device, *, longest_prompt: int, longest_group: 
     return max(suits, min(4 * longest_prompt, longest_group))
 
 
-def pack(groups: list[Group], *, tokens_per_microbatch: int) -> list[PackedBatch]:
-    """Lay groups out as shared-prefix packed rows of at most ``tokens_per_microbatch`` tokens.
+def pack(samples: Sequence[TrainingSample], *, tokens_per_microbatch: int) -> list[PackedBatch]:
+    """Lay samples out as token trees of at most ``tokens_per_microbatch`` tokens, those together that share the most.
 
-    A group that is larger than the budget is cut between completions, its prompt repeated; one prompt with one
-    completion that is larger has a micro-batch of its own.
+    A tree that is larger than the budget is cut between its subtrees, their common path repeated. The samples of one
+    completion stay together; where they are larger than the budget they have a micro-batch of their own.
     """
-    pieces = [piece for group in groups for piece in _cut(group, tokens_per_microbatch)]
-    return [packed_batch(bin) for bin in _first_fit(pieces, tokens_per_microbatch)]
+    members = list(_by_completion(samples).values())
+    first = [inputs_of(samples[numbers[0]]) for numbers in members]
+    extra = [num_tokens([samples[n] for n in numbers]) - len(ids) for numbers, ids in zip(members, first, strict=True)]
+    parts = cut(first, extra, tokens_per_microbatch)
+    return [packed_batch(samples, [n for unit in part for n in members[unit]], tokens_per_microbatch) for part in parts]
 
 
-def pad(groups: list[Group], *, tokens_per_microbatch: int) -> list[PackedBatch]:
-    """Lay groups out as right-padded rows, longest first, rows x longest <= ``tokens_per_microbatch``."""
-    rows = [Group(group.prompt, [completion]) for group in groups for completion in group.completions]
-    rows.sort(key=num_tokens, reverse=True)
-    batches: list[list[Group]] = []
-    for row in rows:
-        if batches and (len(batches[-1]) + 1) * num_tokens(batches[-1][0]) <= tokens_per_microbatch:
-            batches[-1].append(row)
+def pad(samples: Sequence[TrainingSample], *, tokens_per_microbatch: int) -> list[PackedBatch]:
+    """Lay samples out as right-padded rows, longest first, rows x longest <= ``tokens_per_microbatch``; the samples of one
+    completion stay together."""
+    length = {number: len(inputs_of(sample)) for number, sample in enumerate(samples)}
+    units = sorted(_by_completion(samples).values(), key=lambda unit: max(length[n] for n in unit), reverse=True)
+    batches: list[list[int]] = []
+    for unit in units:
+        if batches and (len(batches[-1]) + len(unit)) * max(length[n] for n in batches[-1]) <= tokens_per_microbatch:
+            batches[-1] += unit
         else:
-            batches.append([row])
-    return [padded_batch(batch) for batch in batches]
+            batches.append(list(unit))
+    return [padded_batch(samples, batch) for batch in batches]
 
 
 LAYOUTS: dict[str, Callable[..., list[PackedBatch]]] = {"packed": pack, "padded": pad}
 
 
-def num_tokens(group: Group) -> int:
-    """Input tokens of a group in the packed layout: the prompt once, each completion without its last token."""
-    return len(group.prompt.ids) + sum(len(completion.ids) - 1 for completion in group.completions)
+def inputs_of(sample: TrainingSample) -> Ids:
+    """The tokens that are forwarded: all before the last target."""
+    return sample.ids[: int(sample.is_target.nonzero()[-1])]
 
 
-def num_padded_tokens(groups: list[Group]) -> int:
-    """Input tokens when every completion is a row padded to the longest prompt and the longest completion (TRL's)."""
-    completions = [completion for group in groups for completion in group.completions]
-    longest_prompt = max(len(group.prompt.ids) for group in groups)
-    return len(completions) * (longest_prompt + max(len(completion.ids) for completion in completions))
+def num_tokens(samples: Iterable[TrainingSample]) -> int:
+    """Tokens of the samples' tree."""
+    return size(token_runs([inputs_of(sample) for sample in samples]))
 
 
-def packed_batch(groups: list[Group]) -> PackedBatch:
-    """One packed row."""
-    ids: list[int] = []
-    positions: list[int] = []
-    scored_at: list[int] = []
-    prompt_of: list[int] = []
-    completion_of: list[int] = []
-    spans: list[tuple[range, list[range]]] = []
-    num_completions = 0
-    for number, group in enumerate(groups):
-        prompt = range(len(ids), len(ids) + len(group.prompt.ids))
-        spans.append((prompt, []))
-        ids += group.prompt.ids
-        positions += range(len(prompt))
-        completion_of += [-1] * len(prompt)
-        for completion in group.completions:
-            span = range(len(ids), len(ids) + len(completion.ids) - 1)
-            spans[-1][1].append(span)
-            ids += completion.ids[:-1]
-            positions += range(len(prompt), len(prompt) + len(span))
-            completion_of += [num_completions] * len(span)
-            scored_at += [prompt[-1], *span]
-            num_completions += 1
-        prompt_of += [number] * (len(ids) - len(prompt_of))
-    return PackedBatch(
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([positions]),
+def packed_batch(
+    samples: Sequence[TrainingSample], members: Sequence[int] | None = None, budget: int | None = None
+) -> PackedBatch:
+    """One row: the tree of those samples (None: of all); runs that are not worth a node are repeated where it fits."""
+    members = range(len(samples)) if members is None else members
+    sequences = [inputs_of(samples[number]) for number in members]
+    runs = token_runs(sequences)
+    repeated = without_short_runs(runs, LEAST_SAVED)
+    if budget is None or size(repeated) <= budget:
+        runs = repeated
+    nodes, places = lay_out(runs)
+    ids = torch.tensor([token for run in runs for token in sequences[run.sequence][run.start : run.stop]])
+    depth = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+    reach = torch.cat([torch.full((len(node.span),), node.end) for node in nodes])
+    return _batch(
+        [samples[number] for number in members],
+        list(members),
+        [places[number] for number in range(len(sequences))],
+        input_ids=ids[None],
+        position_ids=depth[None],
         attention_mask=None,
-        prefix_layout=PrefixLayout(
-            spans,
-            prompt_of=torch.tensor(prompt_of),
-            completion_of=torch.tensor(completion_of),
-            position_of=torch.tensor(positions),
-        ),
-        scored_at=torch.tensor(scored_at),
-        **_completion_tensors([completion for group in groups for completion in group.completions]),
+        tree=TokenTree(nodes, reach, depth, longest=max(map(len, sequences))),
     )
 
 
-def padded_batch(groups: list[Group]) -> PackedBatch:
-    """One padded batch; prompts start in column 0, so position ids count columns and padding comes last."""
-    rows = [(group.prompt.ids, completion) for group in groups for completion in group.completions]
-    longest = max(len(prompt) + len(completion.ids) - 1 for prompt, completion in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+def lay_out(runs: Sequence[Run]) -> tuple[list[Node], dict[int, Int[Tensor, " depth"]]]:
+    """Where each run lies in the row, and by sequence where its tokens do."""
+    nodes: list[Node] = []
+    places: dict[int, Tensor] = {}
+    path: list[Tensor] = []  # of each run, the places of all tokens from the root to its end
+    for run in runs:
+        start = nodes[-1].span.stop if nodes else 0
+        span = range(start, start + len(run))
+        nodes.append(Node(span, run.parent, span.stop))
+        own = torch.arange(span.start, span.stop)
+        path.append(own if run.parent < 0 else torch.cat([path[run.parent], own]))
+        for sequence in run.ends:
+            places[sequence] = path[-1]
+    for node in reversed(nodes):
+        if node.parent >= 0:
+            nodes[node.parent].end = max(nodes[node.parent].end, node.end)
+    return nodes, places
+
+
+def padded_batch(samples: Sequence[TrainingSample], members: Sequence[int] | None = None) -> PackedBatch:
+    """One row a sample; sequences start in column 0, so position ids count columns and padding comes last."""
+    members = range(len(samples)) if members is None else members
+    sequences = [inputs_of(samples[number]) for number in members]
+    longest = max(map(len, sequences))
+    input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    scored_at: list[int] = []
-    for number, (prompt, completion) in enumerate(rows):
-        ids = prompt + completion.ids[:-1]
-        input_ids[number, : len(ids)] = torch.tensor(ids)
-        attention_mask[number, : len(ids)] = 1
-        scored_at += range(number * longest + len(prompt) - 1, number * longest + len(ids))
-    return PackedBatch(
+    for row, ids in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+    return _batch(
+        [samples[number] for number in members],
+        list(members),
+        [torch.arange(row * longest, row * longest + len(ids)) for row, ids in enumerate(sequences)],
         input_ids=input_ids,
-        position_ids=torch.arange(longest).expand(len(rows), -1),
+        position_ids=torch.arange(longest).expand(len(sequences), -1),
         attention_mask=attention_mask,
-        prefix_layout=None,
-        scored_at=torch.tensor(scored_at),
-        **_completion_tensors([completion for _, completion in rows]),
+        tree=None,
     )
 
 
-def _cut(group: Group, budget: int) -> list[Group]:
-    pieces = [Group(group.prompt, [])]
-    for completion in group.completions:
-        if pieces[-1].completions and num_tokens(pieces[-1]) + len(completion.ids) - 1 > budget:
-            pieces.append(Group(group.prompt, []))
-        pieces[-1].completions.append(completion)
-    return pieces
+def _batch(
+    samples: Sequence[TrainingSample], numbers: list[int], places: Sequence[Int[Tensor, " time"]], **rows: object
+) -> PackedBatch:
+    """A layout with the samples' targets; ``places`` say where in the flattened rows each sample's inputs lie."""
+    at = [sample.is_target.nonzero().squeeze(1) for sample in samples]
+    scored_at, scored = torch.cat([place[targets - 1] for place, targets in zip(places, at, strict=True)]).unique(
+        return_inverse=True
+    )
+    completions = {number: place for place, number in enumerate(dict.fromkeys(sample.completion for sample in samples))}
+    lengths = {sample.completion: sample.completion_length for sample in samples}
+    counts = [len(targets) for targets in at]
+    return PackedBatch(
+        **rows,  # type: ignore[arg-type]
+        scored_at=scored_at,
+        scored=scored,
+        targets=torch.cat([torch.tensor(sample.ids)[targets] for sample, targets in zip(samples, at, strict=True)]),
+        advantages=torch.cat([sample.advantages[targets] for sample, targets in zip(samples, at, strict=True)]),
+        completion=torch.tensor([completions[sample.completion] for sample in samples]).repeat_interleave(
+            torch.tensor(counts)
+        ),
+        lengths=torch.tensor([lengths[number] for number in completions]),
+        samples=numbers,
+        num_targets=counts,
+        rollout_logprobs=_joined([sample.rollout_logprobs for sample in samples], counts),
+        old_logprobs=_joined([sample.old_logprobs for sample in samples], counts),
+        ref_logprobs=_joined([sample.ref_logprobs for sample in samples], counts),
+    )
 
 
-def _first_fit(pieces: list[Group], budget: int) -> list[list[Group]]:
-    """First-fit decreasing bin packing; ties keep their order."""
-    bins: list[list[Group]] = []
-    room: list[int] = []
-    for piece in sorted(pieces, key=num_tokens, reverse=True):
-        size = num_tokens(piece)
-        number = next((i for i, left in enumerate(room) if left >= size), len(bins))
-        if number == len(bins):
-            bins.append([])
-            room.append(budget)
-        bins[number].append(piece)
-        room[number] -= size
-    return bins
+def _joined(values: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
+    """The samples' values one after the other, NaN for samples without; None where no sample has any."""
+    if all(value is None for value in values):
+        return None
+    return torch.cat(
+        [torch.full((n,), torch.nan) if value is None else value for value, n in zip(values, counts, strict=True)]
+    )
 
 
-def _completion_tensors(completions: list[Completion]) -> dict:
-    sequence = [number for number, completion in enumerate(completions) for _ in completion.ids]
-    logprobs = [completion.rollout_logprobs for completion in completions if completion.rollout_logprobs is not None]
-    has_logprobs = len(logprobs) == len(completions)
-    return {
-        "targets": torch.tensor([token for completion in completions for token in completion.ids]),
-        "sequence": torch.tensor(sequence),
-        "num_sequences": len(completions),
-        "advantages": torch.tensor([completion.advantage for completion in completions]),
-        "rollout_logprobs": torch.tensor([x for values in logprobs for x in values]) if has_logprobs else None,
-    }
+def _by_completion(samples: Sequence[TrainingSample]) -> dict[int, list[int]]:
+    """The numbers of each completion's samples."""
+    units: dict[int, list[int]] = defaultdict(list)
+    for number, sample in enumerate(samples):
+        units[sample.completion].append(number)
+    return units

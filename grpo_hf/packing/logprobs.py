@@ -1,4 +1,4 @@
-"""Log-probs and entropy of completion tokens without ever holding [tokens vocab] logits.
+"""Log-probs and entropy of targets without ever holding [tokens vocab] logits.
 
 The head's product is made in chunks of tokens, in the forward and again in the backward pass, so that memory holds a bounded
 number of logits whatever the number of tokens (as in Cut Your Losses, arXiv 2411.09009, and Liger Kernel, 2410.10989).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,22 +46,23 @@ LOGIT_TRANSFORMS: dict[str, Callable[[float, Tensor], Tensor]] = {
 
 
 def batch_logprobs(model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0) -> tuple[Tokens, Tokens]:
-    """log π(o_t) and the entropy of π(. | o_<t) at every completion token of a micro-batch, in nats, float32.
+    """log π(o_t) and the entropy of π(. | o_<t) at every target of a micro-batch, in nats, float32.
 
     π is the model's softmax(logits / temperature), before any top-k, top-p or min-p. ``model`` is the causal LM itself
     (no DDP wrapper); both results carry gradients.
     """
-    if batch.prefix_layout is None:
+    if batch.tree is None:
         inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
     else:
-        # A four-dimensional mask is handed on by transformers as it is; the attention function looks at the layout.
-        inputs = {"attention_mask": batch.input_ids.new_ones(1, 1, 1, 1), "prefix_layout": batch.prefix_layout}
+        # A four-dimensional mask is handed on by transformers as it is; the attention function looks at the tree.
+        inputs = {"attention_mask": batch.input_ids.new_ones(1, 1, 1, 1), "tree": batch.tree}
     decoder = model.get_decoder()
     hidden = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs)[0]
     return head_logprobs(
         hidden.flatten(0, 1)[batch.scored_at],
         batch.targets,
         model.get_output_embeddings(),
+        rows=batch.scored,
         temperature=temperature,
         transform=logit_transform(model),
     )
@@ -72,6 +73,7 @@ def head_logprobs(
     targets: Int[Tensor, " token"],
     head: nn.Module,
     *,
+    rows: Int[Tensor, " token"] | None = None,
     temperature: float = 1.0,
     transform: Callable[[Tensor], Tensor] | None = None,
     logits_per_chunk: int | None = None,
@@ -79,8 +81,9 @@ def head_logprobs(
 ) -> tuple[Tokens, Tokens]:
     """log softmax(head(h) / T) at the targets, and that softmax's entropy.
 
-    A plain linear head takes the fused path; any other (LoRA on the head, quantized, a bias, a softcap) is called chunk
-    by chunk under checkpointing, which holds as little and costs one call more.
+    ``rows`` says which hidden state predicts each target (None: as many states as targets, in their order), so that a state
+    with several targets goes through the head once. A plain linear head takes the fused path; any other (LoRA on the head,
+    quantized, a bias, a softcap) is called chunk by chunk under checkpointing, which holds as little and costs a call more.
     """
     device = "cpu" if hidden.device.type == "cpu" else "cuda"
     vocab = _vocab_size(head)
@@ -89,20 +92,24 @@ def head_logprobs(
     chunk = max(1, logits_per_chunk // vocab)
     if logits_kept is None:
         logits_kept = LOGITS_KEPT[device]
+    rows = torch.arange(len(targets), device=targets.device) if rows is None else rows
     if type(head) is nn.Linear and head.bias is None and transform is None:
         kept = logits_kept if torch.is_grad_enabled() else 0
-        return _FusedLinearLogprobs.apply(hidden, head.weight, targets, temperature, chunk, kept)
+        logprobs, entropy = _FusedLinearLogprobs.apply(hidden, head.weight, targets, rows, temperature, chunk, kept)
+        return logprobs, entropy[rows]
 
-    def score(chunk: Hidden, ids: Tensor) -> tuple[Tokens, Tokens]:
+    def score(chunk: Hidden, ids: Tensor, rows: Tensor) -> tuple[Tokens, Tokens]:
         logits = head(chunk).float()
         logits = logits if transform is None else transform(logits)
-        return token_logprobs(logits, ids, temperature), entropy_of(logits, temperature)
+        return token_logprobs(logits[rows], ids, temperature), entropy_of(logits, temperature)
 
-    parts = [
-        checkpoint(score, h, ids, use_reentrant=False)
-        for h, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
+    parts = []
+    order = rows.argsort(stable=True)
+    for part in _chunks(rows, len(hidden), chunk):
+        at = order[part.tokens]
+        parts.append(checkpoint(score, hidden[part.rows], targets[at], rows[at] - part.rows.start, use_reentrant=False))
+    logprobs = torch.cat([logprobs for logprobs, _ in parts])[order.argsort()]
+    return logprobs, torch.cat([entropy for _, entropy in parts])[rows]
 
 
 def logit_transform(model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:
@@ -120,75 +127,82 @@ def _vocab_size(head: nn.Module) -> int:
 
 
 class _FusedLinearLogprobs(torch.autograd.Function):
-    """(h, W) -> log p[target], H with p = softmax(h W^T / T); logits are made chunk by chunk.
+    """(h [row], W) -> log p[target] [token], H [row] with p = softmax(h W^T / T); logits are made chunk by chunk.
 
     With z = h W^T / T:   d log p_t / dz = onehot_t - p   and   dH / dz = -p (log p + H).
 
     The first chunks, up to ``kept`` logits, are left for the backward pass, which makes the others again. With a frozen W
-    the forward pass leaves d log p_t / dh = (W_t - p W) / T instead, a vector a token, and nothing has to be made again.
+    the forward pass leaves p W instead, a vector a row (d log p_t / dh = (W_t - p W) / T), and nothing has to be made again.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Hidden,
+        hidden: Float[Tensor, "row dim"],
         weight: Float[Tensor, "vocab dim"],
-        targets: Tensor,
+        targets: Int[Tensor, " token"],
+        rows: Int[Tensor, " token"],
         temperature: float,
         chunk: int,
         kept: int,
-    ) -> tuple[Tokens, Tokens]:
+    ) -> tuple[Tokens, Float[Tensor, " row"]]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         compute_weight = weight.to(dtype)
         logprobs = torch.empty(len(targets), device=hidden.device)
-        entropy = torch.empty_like(logprobs)
+        entropy = torch.empty(len(hidden), device=hidden.device)
         frozen = kept and ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        slope = torch.empty_like(hidden) if frozen else None
+        expected = torch.empty_like(hidden) if frozen else None
         kept_chunks: list[Tensor] = []
-        for rows in _chunks(len(targets), chunk):
-            logp = _logits(hidden[rows], compute_weight, temperature).log_softmax(-1)
-            logprobs[rows] = logp.gather(-1, targets[rows, None]).squeeze(-1)
+        order = rows.argsort(stable=True)
+        for part in _chunks(rows, len(hidden), chunk):
+            at = order[part.tokens]
+            logp = _logits(hidden[part.rows], compute_weight, temperature).log_softmax(-1)
+            logprobs[at] = logp[rows[at] - part.rows.start, targets[at]]
             p = logp.exp()
-            entropy[rows] = -torch.einsum("tv,tv->t", p, logp)
-            if slope is not None:
-                slope[rows] = (compute_weight[targets[rows]] - p.to(dtype) @ compute_weight) / temperature
-            elif rows.stop * len(weight) <= kept:
+            entropy[part.rows] = -torch.einsum("tv,tv->t", p, logp)
+            if expected is not None:
+                expected[part.rows] = p.to(dtype) @ compute_weight
+            elif part.rows.stop * len(weight) <= kept:
                 kept_chunks.append(logp)
-        ctx.save_for_backward(hidden, weight, targets, entropy, slope, *kept_chunks)
+        ctx.save_for_backward(hidden, weight, targets, rows, order, entropy, expected, *kept_chunks)
         ctx.dtype, ctx.temperature, ctx.chunk = dtype, temperature, chunk
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tokens | None, grad_entropy: Tokens | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, entropy, slope, *kept_chunks = ctx.saved_tensors
-        if slope is not None and grad_entropy is None and grad_logprobs is not None:
-            return slope * grad_logprobs[:, None].to(slope.dtype), None, None, None, None, None
+        hidden, weight, targets, rows, order, entropy, expected, *kept_chunks = ctx.saved_tensors
+        grad_of_token = hidden.new_zeros(len(targets), dtype=torch.float32) if grad_logprobs is None else grad_logprobs
+        grad_of_row = torch.zeros_like(entropy).index_add_(0, rows, grad_of_token)
         compute_weight = weight.to(ctx.dtype)
+        if expected is not None and grad_entropy is None:
+            of_targets = compute_weight[targets] * (grad_of_token / ctx.temperature)[:, None].to(ctx.dtype)
+            grad_hidden = expected * (-grad_of_row / ctx.temperature)[:, None].to(expected.dtype)
+            return grad_hidden.index_add_(0, rows, of_targets.to(expected.dtype)), *[None] * 6
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for number, rows in enumerate(_chunks(len(targets), ctx.chunk)):
+        for number, part in enumerate(_chunks(rows, len(hidden), ctx.chunk)):
+            at, here = order[part.tokens], part.rows
             if number < len(kept_chunks):
                 logp = kept_chunks[number]
             else:
-                logp = _logits(hidden[rows], compute_weight, ctx.temperature).log_softmax(-1)
-            grad = torch.zeros_like(entropy[rows]) if grad_logprobs is None else grad_logprobs[rows]
-            coefficient = grad[:, None]  # of -p in dL/dz
+                logp = _logits(hidden[here], compute_weight, ctx.temperature).log_softmax(-1)
+            coefficient = grad_of_row[here, None]  # of -p in dL/dz
             if grad_entropy is not None:
-                coefficient = grad[:, None] + grad_entropy[rows, None] * (logp + entropy[rows, None])
+                coefficient = coefficient + grad_entropy[here, None] * (logp + entropy[here, None])
             grad_logits = logp.exp().mul_(coefficient.neg())
-            grad_logits.scatter_add_(-1, targets[rows, None], grad[:, None])
+            grad_logits.index_put_((rows[at] - here.start, targets[at]), grad_of_token[at], accumulate=True)
             if ctx.temperature != 1:
                 grad_logits.div_(ctx.temperature)
             grad_logits = grad_logits.to(ctx.dtype)
-            grad_hidden[rows] = (grad_logits @ compute_weight).to(hidden.dtype)
-            states = hidden[rows].to(ctx.dtype)
+            grad_hidden[here] = (grad_logits @ compute_weight).to(hidden.dtype)
+            states = hidden[here].to(ctx.dtype)
             if grad_weight is not None and ctx.dtype == torch.float32:
                 grad_weight.addmm_(grad_logits.t(), states)
             elif grad_weight is not None:
                 grad_weight += grad_logits.t() @ states
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 5
 
 
 def _logits(hidden: Hidden, weight: Float[Tensor, "vocab dim"], temperature: float) -> Float[Tensor, "token vocab"]:
@@ -196,5 +210,15 @@ def _logits(hidden: Hidden, weight: Float[Tensor, "vocab dim"], temperature: flo
     return logits if temperature == 1 else logits.div_(temperature)
 
 
-def _chunks(length: int, chunk: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk, length)) for start in range(0, length, chunk))
+class _Chunk(NamedTuple):
+    rows: slice
+    """Hidden states."""
+    tokens: slice
+    """Their targets, in the order of the rows."""
+
+
+def _chunks(rows: Int[Tensor, " token"], num_rows: int, chunk: int) -> Iterator[_Chunk]:
+    ends = [0, *rows.bincount(minlength=num_rows).cumsum(0).tolist()]
+    for start in range(0, num_rows, chunk):
+        stop = min(start + chunk, num_rows)
+        yield _Chunk(slice(start, stop), slice(ends[start], ends[stop]))

@@ -1,4 +1,4 @@
-"""Loading a verifier from `package.module:function` or `path/file.py:function`."""
+"""Functions of the user's, from `package.module:function`, `path/file.py:function` or as they are."""
 
 from __future__ import annotations
 
@@ -7,12 +7,31 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 _modules_from_files: dict[Path, ModuleType] = {}
+
+
+def choose(setting: str, spec: str | Callable[..., Any], known: Mapping[str, Any]) -> Any:
+    """The entry of `known` with that name, or a function: given, or as `package.module:function` or `path/file.py:function`.
+
+    Raises:
+        ValueError: an unknown name, or a function that a checkpoint cannot name: a lambda, or one inside another.
+    """
+    if callable(spec):
+        if not isinstance(spec, FunctionType) or "<" in spec.__qualname__:
+            raise ValueError(f"{setting}={spec!r}: checkpoints keep it by its name; give a function at the top of a file")
+        return spec
+    if spec in known:
+        return known[spec]
+    place, colon, name = str(spec).rpartition(":")
+    if not colon:
+        hint = nearest(str(spec), known)
+        raise ValueError(f"{setting}={spec!r} is not one of {', '.join(known)}{hint}, nor path/file.py:function")
+    return load_function(place, name, str(spec))
 
 
 def load_function(place: str, attribute: str, spec: str) -> Callable[..., Any]:

@@ -67,11 +67,7 @@ class Scorer:
     def settle(
         self, groups: Sequence[Group], verdicts: Sequence[Sequence[dict[str, Verdict]]], log_metric: Callable[..., None]
     ) -> Tally:
-        """Write what became of each call into the completions, and count.
-
-        ``completion.reward = Σ_k weight_k · score_k`` over the scores that are not NaN; NaN where there is none, or where
-        a call's outcome leaves the completion out.
-        """
+        """Write what became of each call into the completions, and count."""
         tally: Tally = {reward.name: Calls() for reward in self.rewards}
         for group, rows in zip(groups, verdicts, strict=True):
             for completion, by_name in zip(group.completions, rows, strict=True):
@@ -83,7 +79,8 @@ class Scorer:
                         completion.extra |= verdict.logged.extra
                         for metric, value in verdict.logged.metrics:
                             log_metric(metric, value)
-                completion.reward = self._weighted_sum(by_name)
+                policies = {self.settings.policy_of(verdict.outcome) for verdict in by_name.values()}
+                completion.valid = policies.isdisjoint(("drop", "stop"))
         self._warn(tally)
         return tally
 
@@ -106,13 +103,6 @@ class Scorer:
         if policy == "zero":
             return verdict.score if verdict.outcome == "no_answer" else 0.0
         return math.nan
-
-    def _weighted_sum(self, verdicts: dict[str, Verdict]) -> float:
-        if any(self.settings.policy_of(verdict.outcome) in ("drop", "stop") for verdict in verdicts.values()):
-            return math.nan
-        scores = [self._score(verdicts[reward.name]) for reward in self.rewards]
-        terms = [w * s for w, s in zip(self.weights, scores, strict=True) if not math.isnan(s)]
-        return sum(terms) if terms else math.nan
 
 
 class Round:

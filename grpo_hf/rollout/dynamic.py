@@ -9,12 +9,9 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from types import FunctionType
 
 from transformers.utils import logging
 
-from grpo_hf.metrics import Metrics
-from grpo_hf.rewards.loading import load_function, nearest
 from grpo_hf.rollout.prompts import PromptOrder
 from grpo_hf.types import Completion, Group
 
@@ -48,25 +45,6 @@ def skip_solved(history: History, *, after: int = 2, revisit_after: int = 3) -> 
 
 CURRICULA: dict[str, Curriculum] = {"skip_solved": skip_solved}
 """By name."""
-
-
-def get_curriculum(spec: str | Curriculum) -> Curriculum:
-    """A name of CURRICULA, `package.module:function`, `path/file.py:function` or a function.
-
-    Raises:
-        ValueError: an unknown name, or a function that a checkpoint cannot name: a lambda, or one inside another.
-    """
-    if callable(spec):
-        if not isinstance(spec, FunctionType) or "<" in spec.__qualname__:
-            raise ValueError(f"curriculum={spec!r}: checkpoints keep it by its name; give a function at the top of a file")
-        return spec
-    if spec in CURRICULA:
-        return CURRICULA[spec]
-    place, colon, name = spec.rpartition(":")
-    if not colon:
-        hint = nearest(spec, CURRICULA)
-        raise ValueError(f"curriculum={spec!r} is not one of {', '.join(CURRICULA)}{hint}, nor path/file.py:function")
-    return load_function(place, name, spec)
 
 
 @dataclass(frozen=True)
@@ -204,17 +182,6 @@ def pass_rate(group: Group, solved_reward: float) -> float:
 def chosen(groups: list[Group], share: int) -> list[Group]:
     """Informative groups first, in the order drawn; the others, whose gradient is 0, where those are too few."""
     return sorted(groups, key=lambda group: not is_informative(group))[:share]
-
-
-def record_dynamic(metrics: Metrics, groups: list[Group], kept: list[Group], rounds: int) -> None:
-    """Log what was sampled for what is kept; `reward` and its like are of the kept groups alone."""
-    metrics.mean("dynamic/acceptance", sum(map(is_informative, groups)), len(groups))
-    metrics.mean("dynamic/sampled_per_kept", len(groups), len(kept))
-    metrics.mean("dynamic/rounds", rounds)
-    rewards = [item.reward for group in groups for item in _scored(group)]
-    metrics.mean("dynamic/reward", math.fsum(rewards), len(rewards))
-    tokens = [sum(len(item.ids) for group in part for item in group.completions) for part in (groups, kept)]
-    metrics.total("tokens/sampled", tokens[0] - tokens[1])
 
 
 def solved_skipper(after: int, revisit_after: int) -> Curriculum:

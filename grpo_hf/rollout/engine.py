@@ -52,8 +52,8 @@ class EngineLostError(RuntimeError):
 class Engine(Protocol):
     """Samples groups; one implementation a file in this folder."""
 
-    def sync_weights(self) -> None:
-        """Make the next samples come from the trainer's current weights."""
+    def sync_weights(self, version: int) -> None:
+        """Make the next samples come from the trainer's current weights, those after ``version`` updates."""
 
     def sample(
         self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling

@@ -1,129 +1,194 @@
-"""Scored groups -> updates: advantages over all processes, selection, denominators, micro-batches."""
+"""Scored groups -> updates: advantages over all processes, training samples, selection, denominators."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grpo_hf.algorithm.advantages import ADVANTAGES
 from grpo_hf.algorithm.aggregation import Denominators
-from grpo_hf.packing.layout import LAYOUTS, num_tokens
-from grpo_hf.rollout.balance import balanced
+from grpo_hf.packing.layout import num_tokens
 from grpo_hf.rollout.peers import Peers
-from grpo_hf.types import Completion, Group, PackedBatch
+from grpo_hf.rollout.sampler import scores_of
+from grpo_hf.types import Completion, Group, TrainingSample
+
+if TYPE_CHECKING:
+    from grpo_hf.algorithm.advantages import Credit
 
 
 @dataclass
 class Update:
-    """What one optimizer step runs on this process."""
+    """What one optimizer step trains on, on this process; it is laid out when it is run."""
 
-    microbatches: list[PackedBatch]
-    """Never empty; on the CPU until they are run."""
+    samples: list[TrainingSample]
+    """Never empty."""
     denominators: Denominators
-    """Of the loss; counted before completions without signal were dropped, but without those that have no reward."""
+    """Of the loss; counted before samples without signal were dropped, but without those that have no reward."""
+    idle: bool = False
+    """The samples add nothing to the gradient: they give the process something to run, for momentum goes on, and other
+    processes wait for this one."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a rollout becomes updates."""
 
-    advantage: str
-    """A name of ADVANTAGES."""
+    credit: Credit
+    """One of ADVANTAGES."""
+    reward_weights: Sequence[float]
+    """One for each reward."""
     updates_per_rollout: int
     """Optimizer steps that share the rollout's completions between them."""
-    layout: str
-    """A name of LAYOUTS."""
-    tokens_per_microbatch: int
-    """Token budget of one forward pass."""
     max_completion_length: int
     """For the constant-length aggregation."""
     mask_truncated_completions: bool = False
     """Leave completions that hit the length limit out of the loss."""
     keep_zero_signal: bool = False
-    """Forward completions with advantage 0 too, for a KL or entropy term, or to check that dropping them is exact."""
+    """Forward what has advantage 0 too, for a KL or entropy term, or to check that dropping it is exact."""
+    whole_completions: bool = False
+    """The loss takes something over whole completions: none of their tokens may be left out."""
     balance: bool = False
     """Let processes train on each other's groups, so that all have about as many tokens."""
-    same_number: bool = False
-    """Give every process as many micro-batches, for forward passes that all of them have to run together."""
 
-    def updates(self, groups: list[Group], peers: Peers) -> list[Update]:
-        """Set every completion's advantage and cut the rollout into updates; no reward (NaN): no part in the loss."""
-        assign_advantages(groups, self.advantage, peers)
-        completions = [completion for group in groups for completion in group.completions]
-        tokens = sum(len(completion.ids) for completion in completions if self._counts(completion))
-        sequences = sum(not math.isnan(completion.reward) for completion in completions)
-        tokens, sequences = map(sum, zip(*peers.gather((tokens, sequences)), strict=True))
-        parts = _split(groups, self.updates_per_rollout)
-        batches = [self._microbatches(part, peers) for part in parts]
-        if self.same_number:
-            numbers = [max(column) for column in zip(*peers.gather([len(batch) for batch in batches]), strict=True)]
-            batches = [batch + _idle(batch, number - len(batch)) for batch, number in zip(batches, numbers, strict=True)]
+    def updates(self, groups: list[Group], version: int, peers: Peers) -> list[Update]:
+        """Set every completion's advantage and cut the rollout, sampled by the weights of ``version``, into updates.
+
+        A completion without a reward (NaN) has no part in the loss.
+        """
+        assign_advantages(groups, self.credit, self.reward_weights, peers)
+        parts = _split([(group, item) for group in groups for item in group.completions], self.updates_per_rollout)
+        tokens = [sum(num_sampled(item) for _, item in part if self._counts(item)) for part in parts]
+        sequences = sum(not math.isnan(item.reward) for part in parts for _, item in part)
+        everyone = peers.gather((tokens, sequences, sum(map(len, parts)), len(groups)))
+        of_updates = [sum(column) for column in zip(*(tokens for tokens, *_ in everyone), strict=True)]
+        firsts = [sum(counts[place] for counts in everyone[: peers.rank]) for place in (2, 3)]
+        samples = iter(numbered_samples(groups, version, *firsts))
+        by_update = [[(item, next(samples)) for _, item in part] for part in parts]
         return [
-            Update(
-                microbatches=batch,
-                denominators=Denominators(
-                    tokens=tokens / self.updates_per_rollout,
-                    sequences=max(sequences, 1) / self.updates_per_rollout,
-                    local_tokens=sum(len(c.ids) for group in part for c in group.completions if self._counts(c)),
+            self._update(
+                part,
+                Denominators(
+                    tokens=sum(of_updates) / self.updates_per_rollout,
+                    update_tokens=of_update,
+                    sequences=max(sum(counts[1] for counts in everyone), 1) / self.updates_per_rollout,
+                    local_tokens=local,
                     num_processes=peers.count,
                     max_completion_length=self.max_completion_length,
                 ),
+                peers,
             )
-            for part, batch in zip(parts, batches, strict=True)
+            for part, of_update, local in zip(by_update, of_updates, tokens, strict=True)
         ]
 
-    def _microbatches(self, groups: list[Group], peers: Peers) -> list[PackedBatch]:
-        kept = [
-            Group(group.prompt, completions)
-            for group in groups
-            if (completions := [item for item in group.completions if self._has_gradient(item)])
-        ]
+    def _update(self, part: list[tuple[Completion, TrainingSample]], denominators: Denominators, peers: Peers) -> Update:
+        kept = [pruned for item, sample in part if self._counts(item) and (pruned := self._pruned(sample))]
         if self.balance:
             kept = balanced(kept, peers)
-        pack = LAYOUTS[self.layout]
-        if kept:
-            return pack(kept, tokens_per_microbatch=self.tokens_per_microbatch)
-        # The step still takes place, with gradient 0: optimizer momentum goes on, and other processes wait for this one.
-        singles = [Group(group.prompt, [completion]) for group in groups for completion in group.completions]
-        (batch,) = pack([min(singles, key=num_tokens)], tokens_per_microbatch=self.tokens_per_microbatch)
-        batch.weight = 0.0
-        return [batch]
+        smallest = min((sample for _, sample in part), key=lambda sample: len(sample.ids))
+        return Update(kept or [smallest], denominators, idle=not kept)
 
     def _counts(self, completion: Completion) -> bool:
         return not (math.isnan(completion.reward) or (self.mask_truncated_completions and completion.truncated))
 
-    def _has_gradient(self, completion: Completion) -> bool:
-        return self._counts(completion) and (self.keep_zero_signal or completion.advantage != 0.0)
+    def _pruned(self, sample: TrainingSample) -> TrainingSample | None:
+        """As far as it has a gradient; None where it has none."""
+        if self.keep_zero_signal:
+            return sample
+        signal = sample.advantages.nonzero()
+        if not len(signal):
+            return None
+        return sample if self.whole_completions else until(sample, int(signal[-1]) + 1)
 
 
-def _idle(batches: list[PackedBatch], count: int) -> list[PackedBatch]:
-    """Micro-batches that add nothing to the gradient."""
-    return [replace(min(batches, key=lambda batch: batch.num_tokens), weight=0.0) for _ in range(count)]
-
-
-def assign_advantages(groups: list[Group], form: str, peers: Peers) -> None:
-    """Set `completion.advantage` from the rewards of all processes, each of which holds as many groups."""
-    everyone = peers.gather([[completion.reward for completion in group.completions] for group in groups])
-    advantages: Float[Tensor, "prompts group"] = ADVANTAGES[form](torch.tensor([row for part in everyone for row in part]))
+def assign_advantages(groups: list[Group], credit: Credit, weights: Sequence[float], peers: Peers) -> None:
+    """Set `completion.advantage` from the scores of all processes, each of which holds as many groups; 0 without reward."""
+    everyone = peers.gather([[scores_of(completion) for completion in group.completions] for group in groups])
+    scores: Float[Tensor, "prompts group objective"] = torch.tensor([row for part in everyone for row in part])
+    advantages = credit(scores, torch.tensor(weights))
     for group, row in zip(groups, advantages[peers.rank * len(groups) :].tolist(), strict=False):
         for completion, advantage in zip(group.completions, row, strict=True):
             completion.advantage = advantage
 
 
-def _split(groups: list[Group], parts: int) -> list[list[Group]]:
-    """Cut the completions, in order, into equal parts; a group that a cut runs through has its prompt in both."""
-    size = sum(len(group.completions) for group in groups) // parts
-    updates: list[list[Group]] = [[] for _ in range(parts)]
-    place = 0
-    for group in groups:
-        for completion in group.completions:
-            part = updates[place // size]
-            if not part or part[-1].prompt is not group.prompt:
-                part.append(Group(group.prompt, []))
-            part[-1].completions.append(completion)
-            place += 1
-    return updates
+def numbered_samples(
+    groups: Sequence[Group], version: int, first_completion: int = 0, first_group: int = 0
+) -> list[TrainingSample]:
+    """One sample a completion, numbered on from these."""
+    members = [(number, group, item) for number, group in enumerate(groups) for item in group.completions]
+    return [
+        sample_of(group.prompt.ids, item, version, completion=first_completion + place, group=first_group + number)
+        for place, (number, group, item) in enumerate(members)
+    ]
+
+
+def sample_of(prompt: Sequence[int], item: Completion, version: int, *, completion: int, group: int) -> TrainingSample:
+    """A completion as it is trained on. Raises ValueError when it was never given an advantage."""
+    if item.advantage is None:
+        raise ValueError(f"completion {completion} has no advantage; assign_advantages compares it with its group")
+    is_target = torch.tensor([False] * len(prompt) + (item.is_sampled or [True] * len(item.ids)))
+    logprobs = item.rollout_logprobs
+    return TrainingSample(
+        ids=(*prompt, *item.ids),
+        is_target=is_target,
+        advantages=torch.where(is_target, item.advantage, 0.0),
+        completion=completion,
+        group=group,
+        completion_length=num_sampled(item),
+        versions=torch.full((num_sampled(item),), version),
+        rollout_logprobs=None
+        if logprobs is None
+        else torch.tensor([math.nan if value is None else value for value in logprobs], dtype=torch.float32),
+    )
+
+
+def num_sampled(completion: Completion) -> int:
+    """Tokens that the model chose."""
+    return len(completion.ids) if completion.is_sampled is None else sum(completion.is_sampled)
+
+
+def until(sample: TrainingSample, stop: int) -> TrainingSample:
+    """The first ``stop`` tokens of a sample, with what belongs to them."""
+    targets = int(sample.is_target[:stop].sum())
+    per_target = {
+        name: None if (values := getattr(sample, name)) is None else values[:targets]
+        for name in ("versions", "rollout_logprobs", "old_logprobs", "ref_logprobs")
+    }
+    return replace(
+        sample,
+        ids=sample.ids[:stop],
+        is_target=sample.is_target[:stop],
+        advantages=sample.advantages[:stop],
+        **per_target,  # type: ignore[arg-type]
+    )
+
+
+def balanced(samples: list[TrainingSample], peers: Peers) -> list[TrainingSample]:
+    """This process's share of the samples of all processes; the loss is a sum over all, so its gradient stays the same."""
+    return shares([sample for part in peers.gather(samples) for sample in part], peers.count)[peers.rank]
+
+
+def shares(samples: list[TrainingSample], count: int) -> list[list[TrainingSample]]:
+    """Longest processing time first (Graham 1969): each group, the largest first, to whoever has the fewest tokens."""
+    groups: dict[int, list[TrainingSample]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.group].append(sample)
+    sizes = {number: num_tokens(group) for number, group in groups.items()}
+    parts: list[list[TrainingSample]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for number in sorted(groups, key=lambda number: sizes[number], reverse=True):
+        place = totals.index(min(totals))
+        parts[place] += groups[number]
+        totals[place] += sizes[number]
+    return parts
+
+
+def _split(completions: list[tuple[Group, Completion]], parts: int) -> list[list[tuple[Group, Completion]]]:
+    """Cut the completions, in order, into equal parts; a cut may run through a group."""
+    count = len(completions)
+    return [completions[part * count // parts : (part + 1) * count // parts] for part in range(parts)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -13,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo_hf.metrics import Metrics
-from grpo_hf.packing.layout import num_padded_tokens
 from grpo_hf.rewards.faults import Tally
 from grpo_hf.rewards.settings import FOLLOWED
+from grpo_hf.rollout.dynamic import is_informative
 from grpo_hf.rollout.peers import Peers
+from grpo_hf.rollout.planning import num_sampled
 from grpo_hf.rollout.stream import Rollout
 from grpo_hf.types import Completion, Group
 
@@ -40,7 +40,7 @@ def write_rollout(folder: Path, rollout: Rollout, *, step: int, process: int) ->
                     "prompt": prompt,
                     "completion": item.text,
                 }
-                | {"length": len(item.ids), "truncated": item.truncated}
+                | {"length": num_sampled(item), "truncated": item.truncated}
                 | {f"rewards/{name}": value for name, value in item.rewards.items()}
                 | {f"outcomes/{name}": outcome for name, outcome in item.outcomes.items()}
                 | {"reward": item.reward, "advantage": item.advantage}
@@ -66,65 +66,46 @@ def _extra_columns(completions: list[Completion]) -> dict[str, list[Any]]:
     return columns
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Keep the lines of a metrics file up to this step; the last line of a killed run may be half written."""
-    if path.is_file():
-        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
-
-
-def put_back(aside: Path, folder: Path) -> None:
-    """Undo set_aside_earlier_run: that run goes on after all."""
-    for path in aside.iterdir():
-        if path.name == "metrics.jsonl" and (folder / path.name).exists():
-            path.write_text(path.read_text() + (folder / path.name).read_text())
-        path.replace(folder / path.name)
-    aside.rmdir()
-
-
-def set_aside_earlier_run(folder: Path) -> Path | None:
-    """Move what an earlier run left in this folder into earlier-1/, earlier-2/, ...; its checkpoints stay.
-
-    Returns where it is now; None when there was nothing.
-    """
-    left = [path for name in ("metrics.jsonl", "rollouts", "report.html", "curves.png") if (path := folder / name).exists()]
-    if left:
-        number = 1 + sum(1 for _ in folder.glob("earlier-*"))
-        aside = folder / f"earlier-{number}"
-        aside.mkdir()
-        for path in left:
-            path.rename(aside / path.name)
-        return aside
-    return None
-
-
 def record_rollout(metrics: Metrics, rollout: Rollout, peers: Peers) -> None:
     """Log what was sampled, under TRL's names where it has them; every process records the numbers of all."""
     everyone = summarize_all(rollout.groups, peers)
     record_groups(metrics, everyone)
+    record_outcomes(metrics, rollout.tally)
     signal = [any(item["advantage"] for item in group) for group in everyone]
     metrics.mean("frac_zero_signal_groups", len(signal) - sum(signal), len(signal))
-    metrics.total("tokens/sampled", sum(len(item.ids) for group in rollout.groups for item in group.completions))
+    metrics.total("tokens/sampled", num_tokens(rollout.sampled))
+    if rollout.skipped is not None:
+        metrics.mean("dynamic/skipped", rollout.skipped, len(everyone))
+    if rollout.rounds is not None:
+        record_dynamic(metrics, rollout.sampled, rollout.groups, rollout.rounds)
 
 
-def record_forward(metrics: Metrics, rollout: Rollout, peers: Peers, *, num_iterations: int) -> None:
-    """Log the tokens of this rollout's forwards, how evenly the processes share them (max / mean), and those that one row
-    a completion, padded, would take."""
-    forwarded = sum(batch.num_tokens for update in rollout.updates for batch in update.microbatches)
-    everyone = peers.gather(forwarded)
-    metrics.mean("tokens/max_over_mean", max(everyone) * len(everyone) / sum(everyone))
-    metrics.total("tokens/forwarded", forwarded * num_iterations)
-    metrics.total("tokens/padded_equivalent", num_padded_tokens(rollout.groups) * num_iterations)
+def record_dynamic(metrics: Metrics, sampled: list[Group], kept: list[Group], rounds: int) -> None:
+    """Log what was sampled for what is kept; `reward` and its like are of the kept groups alone."""
+    metrics.mean("dynamic/acceptance", sum(map(is_informative, sampled)), len(sampled))
+    metrics.mean("dynamic/sampled_per_kept", len(sampled), len(kept))
+    metrics.mean("dynamic/rounds", rounds)
+    rewards = [item.reward for group in sampled for item in group.completions if not math.isnan(item.reward)]
+    metrics.mean("dynamic/reward", math.fsum(rewards), len(rewards))
+
+
+def num_tokens(groups: list[Group]) -> int:
+    """Tokens that the model chose."""
+    return sum(num_sampled(item) for group in groups for item in group.completions)
+
+
+def num_padded_tokens(groups: list[Group]) -> int:
+    """Input tokens when every completion is a row padded to the longest prompt and the longest completion (TRL's)."""
+    completions = [completion for group in groups for completion in group.completions]
+    longest_prompt = max(len(group.prompt.ids) for group in groups)
+    return len(completions) * (longest_prompt + max(len(completion.ids) for completion in completions))
 
 
 def summarize_all(groups: list[Group], peers: Peers) -> list[GroupSummary]:
     """The numbers of every process's completions, without their text and tokens."""
     mine = [
         [
-            {"length": len(item.ids), "truncated": item.truncated, "reward": item.reward, "advantage": item.advantage}
+            {"length": num_sampled(item), "truncated": item.truncated, "reward": item.reward, "advantage": item.advantage}
             | {"rewards": item.rewards}
             for item in group.completions
         ]

@@ -1,19 +1,17 @@
-"""The training dataloader: hands Trainer one update at a time and samples a rollout when it has none left."""
+"""Which prompts come next, sampled and scored: one rollout at a time, or the next one while this one is trained on."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_hf.rewards.faults import merged
-from grpo_hf.rollout.dynamic import Choice, Draw, Feedback, Memory, chosen, gathered, is_informative, record_dynamic
+from grpo_hf.rewards.faults import Tally, merged
+from grpo_hf.rollout.dynamic import Choice, Draw, Memory, chosen, gathered, is_informative
 from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.peers import ALONE, Peers
-from grpo_hf.rollout.planning import Plan, Update
+from grpo_hf.rollout.planning import Update
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, derived_seed
-from grpo_hf.rollout.sampler import GroupSampler, Sampled
+from grpo_hf.rollout.sampler import GroupSampler, PendingGroups
 from grpo_hf.types import Group, Prompt
 
 
@@ -23,36 +21,40 @@ class Rollout:
 
     index: int
     """Its number in the run, from 0."""
-    groups: list[Group]
-    """This process's groups."""
-    updates: list[Update]
-    """Run in order, `num_iterations` times over."""
     version: int
     """Updates that had been finished when the weights were taken that sampled it."""
-    feedback: Feedback | None = None
-    """What it has shown of its prompts, for the choice of later ones."""
+    groups: list[Group]
+    """This process's groups that are trained on."""
+    sampled: list[Group]
+    """All of this process's groups: with dynamic sampling also those that are not trained on."""
+    tally: Tally
+    """How the verifiers' calls ended, of all of these."""
+    rounds: int | None
+    """Rounds of sampling that it took; None without dynamic sampling."""
+    skipped: int | None
+    """Prompts that were due and left out, over all processes; None without a curriculum."""
+    updates: list[Update] = field(default_factory=list)
+    """Run in order, `num_iterations` times over."""
 
 
 @dataclass
-class Ahead:
-    """A rollout that is being sampled while the one before it is trained on."""
+class PendingRollout:
+    """A rollout that an engine has been asked for."""
 
     index: int
-    """Its number in the run."""
+    """See Rollout."""
     version: int
     """See Rollout."""
-    sampled: Sampled
-    """What the engine has been asked for."""
+    pending: PendingGroups
+    """This process's groups of the first round."""
     draw: Draw
-    """For which prompts."""
+    """Which prompts."""
 
 
 class RolloutStream:
-    """One pass over the prompts as a dataloader of updates.
+    """Samples the rollouts of a run, each a function of the weights, the seed and its number.
 
-    Trainer draws `gradient_accumulation_steps` items for an optimizer step. An update is planned as a whole, so the last
-    of them carries it and the others are empty. Which rollout comes next follows from the number of finished updates
-    alone, so a resumed run goes on where the killed one was.
+    It holds no finished rollout; its state is what rollouts have shown of their prompts, and one that is sampled ahead.
     """
 
     def __init__(
@@ -63,89 +65,56 @@ class RolloutStream:
         sampler: GroupSampler,
         sampling: Sampling,
         num_generations: int,
-        plan: Plan,
-        num_iterations: int = 1,
-        gradient_accumulation_steps: int = 1,
-        finished_updates: Callable[[], int] = lambda: 0,
-        on_rollout: Callable[[Rollout], None] = lambda rollout: None,
         peers: Peers = ALONE,
-        rollout_ahead: int = 0,
-        max_updates: Callable[[], int] = lambda: sys.maxsize,
         choice: Choice | None = None,
     ):
-        """``rollout_ahead=1`` asks for the next rollout before the current one is trained on, unless ``max_updates``
-        will have been reached by then; ``choice`` by what earlier rollouts have shown is then impossible."""
         self.prompts, self.order, self.sampler, self.sampling = prompts, order, sampler, sampling
-        self.num_generations, self.plan, self.num_iterations = num_generations, plan, num_iterations
-        self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.finished_updates, self.on_rollout, self.peers = finished_updates, on_rollout, peers
-        self.rollout_ahead, self.max_updates = rollout_ahead, max_updates
-        self.choice, self.memory = choice or Choice(), Memory()
-        self.rollout: Rollout | None = None
-        self.ahead: Ahead | None = None
+        self.num_generations, self.peers, self.choice = num_generations, peers, choice or Choice()
+        self.memory = Memory()
+        self.ahead: PendingRollout | None = None
+        """The rollout that is being sampled while the one before it is trained on."""
 
-    @property
-    def steps_per_rollout(self) -> int:
-        """Optimizer steps taken on one rollout."""
-        return self.plan.updates_per_rollout * self.num_iterations
-
-    def __len__(self) -> int:
-        return self.order.rollouts_per_epoch * self.steps_per_rollout * self.gradient_accumulation_steps
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        index, place = divmod(self.finished_updates(), self.steps_per_rollout)
-        last = (index // self.order.rollouts_per_epoch + 1) * self.order.rollouts_per_epoch
-        for number in range(index, last):
-            if self.rollout is None or self.rollout.index != number:
-                self.rollout = self.make(number)
-            for step in range(place if number == index else 0, self.steps_per_rollout):
-                yield from [{}] * (self.gradient_accumulation_steps - 1)
-                yield {"update": self.rollout.updates[step % self.plan.updates_per_rollout], "rollout": number}
-
-    def make(self, index: int) -> Rollout:
-        """Sample, score and plan one rollout, and ask for the next when that is to be sampled ahead."""
-        self._learn(index)
-        ahead, self.ahead = self.ahead, None
-        if ahead is None or ahead.index != index:
-            ahead = self._ask_for(index)
-        groups = kept = self.sampler.finish(ahead.sampled)
+    def make(self, index: int, *, version: int, ahead: bool = False, trainer_state: Any = None) -> Rollout:
+        """Sample and score one rollout from the weights after ``version`` updates; ``ahead``: then ask for the next."""
+        asked, self.ahead = self.ahead, None
+        if asked is None or asked.index != index:
+            asked = self._ask_for(index, version)
+        groups, tally = self.sampler.finish(asked.pending, trainer_state=trainer_state)
+        tallies, kept, rounds = [tally], groups, None
         if self.choice.dynamic_sampling:
-            groups, kept = self._until_informative(ahead, groups)
-        after = self.finished_updates() + self.steps_per_rollout
-        if self.rollout_ahead and after < self.max_updates():
-            self.ahead = self._ask_for(index + 1)
-        updates = self.plan.updates(kept, self.peers)
-        rollout = Rollout(index, kept, updates, ahead.version, self._feedback(ahead.draw, groups))
-        self.on_rollout(rollout)
-        return rollout
+            groups, kept, more = self._until_informative(asked, groups, trainer_state)
+            tallies, rounds = tallies + more, 1 + len(more)
+        if ahead:
+            self.ahead = self._ask_for(index + 1, version)
+        self._learn(index, asked.draw, groups)
+        skipped = len(asked.draw.skipped) if self.choice.curricula else None
+        return Rollout(index, asked.version, kept, groups, merged(tallies), rounds, skipped)
 
-    def _ask_for(self, index: int) -> Ahead:
+    def _ask_for(self, index: int, version: int) -> PendingRollout:
         draw = self._first_round(index)
         with self.sampler.metrics.phase("sync"):
-            self.sampler.engine.sync_weights()
-        version = self.finished_updates()
-        return Ahead(index, version, self._start(index, draw, draw.places[self.peers.rank]), draw)
+            self.sampler.engine.sync_weights(version)
+        return PendingRollout(index, version, self._start(index, draw, draw.places[self.peers.rank]), draw)
 
-    def _until_informative(self, ahead: Ahead, groups: list[Group]) -> tuple[list[Group], list[Group]]:
-        """All groups sampled until each process has its share of informative ones, and those to train on.
+    def _until_informative(
+        self, asked: PendingRollout, groups: list[Group], trainer_state: Any
+    ) -> tuple[list[Group], list[Group], list[Tally]]:
+        """All groups sampled until each process has its share of informative ones, those to train on, and a tally a round.
 
         Every process runs every round, be it with no prompts: an engine may have to wait for all of them.
         """
         share = self.order.prompts_per_rollout // self.peers.count
-        rounds, tallies = 1, [self.sampler.tally]
-        while rounds < self.choice.max_rounds:
+        tallies: list[Tally] = []
+        while len(tallies) + 1 < self.choice.max_rounds:
             missing = max(0, share - sum(map(is_informative, groups)))
-            asked = self.peers.gather(self.memory.oversampled(missing))
-            new = self.choice.extend(ahead.draw, self.order, ahead.index, self.memory, asked)
+            wanted = self.peers.gather(self.memory.oversampled(missing))
+            new = self.choice.extend(asked.draw, self.order, asked.index, self.memory, wanted)
             if not any(new):  # nothing is missing, or no prompt is left
                 break
-            groups = groups + self.sampler.finish(self._start(ahead.index, ahead.draw, new[self.peers.rank]))
-            rounds += 1
-            tallies.append(self.sampler.tally)
-        self.sampler.tally = merged(tallies)
-        kept = chosen(groups, share)
-        record_dynamic(self.sampler.metrics, groups, kept, rounds)
-        return groups, kept
+            pending = self._start(asked.index, asked.draw, new[self.peers.rank])
+            more, tally = self.sampler.finish(pending, trainer_state=trainer_state)
+            groups, tallies = groups + more, [*tallies, tally]
+        return groups, chosen(groups, share), tallies
 
     def draw(self, index: int) -> tuple[list[Prompt], list[int]]:
         """This process's prompts of a rollout, and a seed for each group that does not depend on the processes."""
@@ -159,42 +128,31 @@ class RolloutStream:
         prompts = [self.prompts[draw.rows[place]] for place in places]
         return prompts, [derived_seed(self.order.seed, "sample", index, place) for place in places]
 
-    def _start(self, index: int, draw: Draw, places: list[int]) -> Sampled:
+    def _start(self, index: int, draw: Draw, places: list[int]) -> PendingGroups:
         return self.sampler.start(*self._requests(index, draw, places), self.num_generations, self.sampling)
 
-    def _feedback(self, draw: Draw, groups: list[Group]) -> Feedback | None:
-        """None where nothing is chosen by it."""
-        if not (self.choice.dynamic_sampling or self.choice.curricula):
-            return None
-        if self.choice.curricula:
-            self.sampler.metrics.mean("dynamic/skipped", len(draw.skipped), self.order.prompts_per_rollout)
-        mine = self.choice.feedback(draw, zip(draw.places[self.peers.rank], groups, strict=True))
-        return gathered(self.peers.gather(mine), draw, histories=bool(self.choice.curricula))
-
-    def _learn(self, before: int) -> None:
-        """From the rollout at hand, when it is one before this: one that is sampled again must not have taught already."""
-        if self.rollout is not None and self.rollout.feedback is not None and self.rollout.index < before:
-            self.memory.learn(self.rollout.index, self.rollout.feedback)
+    def _learn(self, index: int, draw: Draw, groups: list[Group]) -> None:
+        """What the groups have shown of their prompts; nothing where nothing is chosen by it."""
+        if self.choice.dynamic_sampling or self.choice.curricula:
+            mine = self.choice.feedback(draw, zip(draw.places[self.peers.rank], groups, strict=True))
+            everyone = self.peers.gather(mine)
+            self.memory.learn(index, gathered(everyone, draw, histories=bool(self.choice.curricula)))
 
     def settle(self) -> None:
         """Wait for what is being sampled ahead: before the engine gets other weights, and before it is saved."""
         if self.ahead is not None:
-            self.ahead.sampled.wait()
+            self.ahead.pending.wait()
 
     def reset(self) -> None:
         """Forget the rollouts of an earlier run."""
         self.settle()
-        self.rollout = self.ahead = None
-        self.memory = Memory()
+        self.memory, self.ahead = Memory(), None
 
     def state_dict(self) -> dict[str, Any]:
-        """The rollout that is being trained on, when a checkpoint falls between its updates, the one ahead of it, and what
-        those before have shown of the prompts."""
+        """The rollout that is sampled ahead, and what those before have shown of the prompts."""
         self.settle()
-        number, inside = divmod(self.finished_updates(), self.steps_per_rollout)
-        self._learn(number)
-        return {"rollout": self.rollout if inside else None, "ahead": self.ahead, "memory": self.memory}
+        return {"ahead": self.ahead, "memory": self.memory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the rollouts of a checkpoint."""
-        self.rollout, self.ahead, self.memory = state["rollout"], state["ahead"], state["memory"]
+        """Go on with those of a checkpoint."""
+        self.ahead, self.memory = state["ahead"], state["memory"]

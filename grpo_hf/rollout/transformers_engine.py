@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,16 +78,15 @@ class TransformersEngine:
         *,
         pad_token_id: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        dtype: torch.dtype | None = None,
         together: bool = False,
     ):
-        """``tokenizer`` is for stop strings alone; ``together``: forward passes take all processes, so that each goes on
-        until all have finished."""
-        # One autocast around all tokens casts the weights once; inside the model's own forward it would for each token.
-        self.model, self.pad_token_id, self.tokenizer, self.autocast = model, pad_token_id, tokenizer, autocast
-        self.together = together
+        """``tokenizer`` is for stop strings alone; ``dtype`` is what autocast computes in, None without it; ``together``:
+        forward passes take all processes, so that each goes on until all have finished."""
+        self.model, self.pad_token_id, self.tokenizer = model, pad_token_id, tokenizer
+        self.dtype, self.together = dtype, together
 
-    def sync_weights(self) -> None:
+    def sync_weights(self, version: int) -> None:
         """Nothing to do: the engine reads the trainer's own tensors."""
 
     @torch.no_grad()
@@ -114,7 +112,8 @@ class TransformersEngine:
         lm.generation_config = GenerationConfig()
         self.model.eval()
         try:
-            with self.autocast():
+            # Around all tokens it casts the weights once; inside the model's own forward it would for each token.
+            with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
                 output = self.model.generate(  # type: ignore[operator]
                     input_ids=input_ids,
                     attention_mask=attention_mask,

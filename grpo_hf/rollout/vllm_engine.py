@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ class VLLMEngine:
         self,
         model: PreTrainedModel | PeftModel,
         *,
-        version: Callable[[], int],
         sampling: Sampling,
         max_prompt_length: int,
         dtype: torch.dtype | None = None,
@@ -59,7 +58,7 @@ class VLLMEngine:
         sleep_mode: bool = False,
         **options: Any,
     ):
-        """``version`` counts the trainer's finished updates; ``sampling`` is the distribution that rollout_logprobs are
+        """``sampling`` is the distribution that rollout_logprobs are
         wanted of; ``dtype`` is the model's own unless training computes in another; ``tokenizer`` is for stop strings and
         structured outputs; ``options`` go to vllm.LLM."""
         installed_vllm()
@@ -69,7 +68,7 @@ class VLLMEngine:
         assert isinstance(dtype, torch.dtype)
         check_context(lm.config, self.max_model_len)
         check_sampling(sampling)
-        self.weights = WeightSync(model, dtype, version, lora_sync)
+        self.weights = WeightSync(model, dtype, lora_sync)
         self.adapter: dict[str, Any] = {}
         self.filtered, self.sleep_mode = has_filters(sampling), sleep_mode and lm.device.type != "cpu"
         memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": self.sleep_mode}
@@ -96,9 +95,9 @@ class VLLMEngine:
             self._divide_logits(sampling.temperature)  # to find out here if this model has no place for it
         self._sleep()
 
-    def sync_weights(self) -> None:
-        """Bring the engine to the trainer's current weights; does nothing when it has them."""
-        self.weights.run(self._load, self._load_adapter)
+    def sync_weights(self, version: int) -> None:
+        """See Engine.sync_weights; does nothing when the engine has them."""
+        self.weights.run(version, self._load, self._load_adapter)
 
     def sample(
         self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling

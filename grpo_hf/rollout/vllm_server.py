@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import count
 from pathlib import Path
@@ -58,7 +58,6 @@ class VLLMServerEngine:
         *,
         base_url: str,
         timeout: float,
-        version: Callable[[], int],
         sampling: Sampling,
         max_prompt_length: int,
         dtype: torch.dtype | None = None,
@@ -74,19 +73,20 @@ class VLLMServerEngine:
         check_context(lm.config, max_prompt_length + sampling.max_completion_length)
         check_sampling(sampling)
         self.filtered = has_filters(sampling)
-        self.weights = WeightSync(model, dtype or lm.dtype, version, lora_sync)
+        self.weights = WeightSync(model, dtype or lm.dtype, lora_sync)
         self._wait_until_up()
         self.info = self.client.info()
         check_server(self.info, base_url, self.weights, sampling, max_prompt_length)
         self.transfer = make_transfer(self.client, self.info, folder=weights_folder, port=group_port)
-        self.run, self.syncs = self.peers.gather(uuid.uuid4().hex)[0], 0
+        self.run, self.syncs, self.version = self.peers.gather(uuid.uuid4().hex)[0], 0, 0
         self.adapter: str | None = None
         self.threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="vllm")
 
     # ---- Weights
 
-    def sync_weights(self) -> None:
-        """Bring the server to the trainer's current weights; does nothing when it has them."""
+    def sync_weights(self, version: int) -> None:
+        """See Engine.sync_weights; does nothing when the server has them."""
+        self.version = version
         for attempt in range(1, TRIES + 1):
             problem = self._try_sync()
             problems = [text for text in self.peers.gather(problem) if text]
@@ -99,9 +99,9 @@ class VLLMServerEngine:
             self._wait_until_up()
 
     def _try_sync(self) -> str | None:
-        self.syncs += self.weights.held != self.weights.current()
+        self.syncs += self.weights.held != self.weights.stamp(self.version)
         try:
-            self.weights.run(self._load, self._load_adapter)
+            self.weights.run(self.version, self._load, self._load_adapter)
         except (OSError, ValueError) as error:  # the other processes must hear of it
             return str(error)
         return None
@@ -173,7 +173,7 @@ class VLLMServerEngine:
             self._wait_until_up()
             self.weights.forget()
             self.transfer.forget()
-            self.sync_weights()
+            self.sync_weights(self.version)
             ask.version = self._name()
             asked = {self.threads.submit(ask, prompts[number], seeds[number]): number for number in lost}
 

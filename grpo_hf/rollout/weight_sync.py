@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 Stamp = tuple[int, int]
-"""Finished updates, and how often torch has seen the trained tensors written to."""
+"""Finished updates, and how often torch has seen the trained tensors written to, which also tells two runs of one trainer
+apart, whose updates are both counted from 0, and weights that were loaded by hand."""
 
 LORA_SYNCS = ("merge", "adapter")
 """What travels under LoRA: the touched weights, merged, or the adapter."""
@@ -40,8 +41,6 @@ class WeightSync:
     """The trainer's causal LM, or the PEFT model around it."""
     dtype: torch.dtype
     """What the engine computes in."""
-    version: Callable[[], int]
-    """Number of finished updates."""
     lora_sync: str = "merge"
     """One of LORA_SYNCS; without an adapter it means nothing."""
     held: Stamp | None = None
@@ -56,23 +55,26 @@ class WeightSync:
         """Whether the weights are cut up, which is done when training begins."""
         return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters())
 
-    def current(self) -> Stamp:
-        """The stamp of the trainer's weights as they are now. The second part also tells two runs of one trainer apart,
-        whose updates are both counted from 0, and weights that were loaded by hand."""
-        return self.version(), sum(parameter._version for parameter in self.model.parameters() if parameter.requires_grad)
+    def stamp(self, version: int) -> Stamp:
+        """Of the trainer's weights as they are now, after ``version`` updates."""
+        return version, sum(parameter._version for parameter in self.model.parameters() if parameter.requires_grad)
 
-    def run(self, load: Callable[[EngineWeights], None], load_adapter: Callable[[dict[str, Tensor]], None]) -> bool:
-        """Give the engine what it lacks through ``load`` and ``load_adapter``; False when it lacks nothing."""
-        stamp = self.current()
+    def run(
+        self,
+        version: int,
+        load: Callable[[EngineWeights], None],
+        load_adapter: Callable[[dict[str, Tensor]], None],
+    ) -> None:
+        """Give the engine what it lacks of the weights after ``version`` updates, through ``load`` and ``load_adapter``."""
+        stamp = self.stamp(version)
         if self.held == stamp:
-            return False
+            return
         everything, self.held = self.held is None, None  # None while a sync may be half done
         if everything or not self.adapter_only:
             load(EngineWeights(self.model, self.dtype, everything=everything, merged=not self.adapter_only))
         if self.adapter_only:
             load_adapter(adapter_weights(self.model))
         self.held = stamp
-        return True
 
     def forget(self) -> None:
         """The engine has lost its weights."""
@@ -80,12 +82,9 @@ class WeightSync:
 
     def check(self) -> None:
         """Raise StaleEngineError unless the engine holds the trainer's weights."""
-        stamp = self.current()
-        if self.held != stamp:
+        if self.held is None or self.held != self.stamp(self.held[0]):
             holds = "none" if self.held is None else f"those after update {self.held[0]}"
-            raise StaleEngineError(
-                f"the engine holds other weights ({holds}) than the trainer (update {stamp[0]}); call sync_weights() first"
-            )
+            raise StaleEngineError(f"the engine holds other weights than the trainer ({holds}); call sync_weights() first")
 
 
 class EngineWeights:

@@ -9,6 +9,7 @@ import torch
 from grpo_hf.algorithm.advantages import ADVANTAGES
 from grpo_hf.algorithm.losses import LEVELS
 from grpo_hf.toy.train import ToySettings
+from grpo_hf.types import TokenBatch
 
 Table = dict[str, ToySettings]
 
@@ -21,7 +22,7 @@ LECTURE: dict[str, Table] = {
     },
     "the loss (centered; naive is above)": {
         "unclipped ratio": ToySettings(advantage="centered", loss="unclipped"),
-        "clipped ratio, epsilon 0.1": ToySettings(advantage="centered", loss="clipped", loss_options={"epsilon": 0.1}),
+        "clipped ratio, epsilon 0.1": ToySettings(advantage="centered", loss="dapo", loss_options={"epsilon": 0.1}),
     },
     "KL to a reference copied every 10 epochs (centered, naive)": {
         "KL, beta 0.1": ToySettings(advantage="centered", beta=0.1),
@@ -33,7 +34,7 @@ LECTURE: dict[str, Table] = {
 SOLVING = ToySettings(
     reward="distance",
     advantage="group",
-    loss="clipped",
+    loss="dapo",
     loss_options={"epsilon": 0.1},
     temperature=30.0,
     learning_rate=1e-2,
@@ -50,7 +51,7 @@ BACK_TO_THE_LECTURE: Table = {
     "but temperature 1": replace(SOLVING, temperature=1.0),
     "but inclusion + ordering reward": replace(SOLVING, reward="inclusion_ordering"),
     "but raw rewards as advantages": replace(SOLVING, advantage="raw"),
-    "but naive loss": replace(SOLVING, loss="naive", loss_options={}),
+    "but naive loss": replace(SOLVING, loss="reinforce", loss_options={}),
     "but learning rate 0.001": replace(SOLVING, learning_rate=1e-3),
     "temperature 1, entropy bonus 0.3": replace(SOLVING, temperature=1.0, entropy_bonus=0.3),
 }
@@ -68,12 +69,14 @@ def frozen_ratio_gradients(weight: float = 2.0) -> tuple[float, float]:
     w = torch.tensor(weight, requires_grad=True)
     logprobs = torch.nn.functional.logsigmoid(w).reshape(1)
     not_held = (logprobs - logprobs).exp().sum()
-    held = LEVELS["token"](logprobs, logprobs, torch.zeros(1, dtype=torch.long), 1).exp().sum()
+    one = torch.ones(1, dtype=torch.long)
+    batch = TokenBatch(logprobs, torch.zeros(1), torch.ones(1), old_logprobs=logprobs, completion=0 * one, lengths=one)
+    held = LEVELS["token"](batch).exp().sum()
     gradients = [torch.autograd.grad(ratio, w, retain_graph=True)[0].item() for ratio in (not_held, held)]
     return gradients[0], gradients[1]
 
 
 def variance_example() -> tuple[float, float]:
     """Variance of what multiplies the gradient in the lecture's example: raw rewards 28.33, centered 1.33."""
-    rewards = torch.tensor(EXAMPLE_REWARDS)
-    return ADVANTAGES["raw"](rewards).var().item(), ADVANTAGES["centered"](rewards).var().item()
+    scores, one = torch.tensor(EXAMPLE_REWARDS).unsqueeze(-1), torch.ones(1)
+    return ADVANTAGES["raw"](scores, one).var().item(), ADVANTAGES["centered"](scores, one).var().item()

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from einops import rearrange, repeat
@@ -13,11 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from grpo_hf.algorithm.advantages import ADVANTAGES
-from grpo_hf.algorithm.aggregation import AGGREGATIONS, Denominators
-from grpo_hf.algorithm.kl import KL_ESTIMATORS
+from grpo_hf.algorithm.aggregation import Denominators
 from grpo_hf.algorithm.logits import entropy
-from grpo_hf.algorithm.losses import LEVELS, LOSSES
+from grpo_hf.algorithm.losses import LOSSES
+from grpo_hf.algorithm.objective import Objective, grpo_objective
 from grpo_hf.toy.model import SortingModel, response_logprobs, sample, side_by_side
+from grpo_hf.types import TokenBatch
 from reward_fns.sorting import distance, inclusion_ordering
 
 REWARDS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
@@ -37,8 +39,8 @@ class ToySettings:
     """A name of REWARDS."""
     advantage: str = "raw"
     """A name of ADVANTAGES: the lecture's delta."""
-    loss: str = "naive"
-    """A name of LOSSES."""
+    loss: str = "reinforce"
+    """A name of LOSSES: "reinforce", "unclipped" and "dapo" are the lecture's naive, unclipped and clipped losses."""
     loss_options: Mapping[str, float] = field(default_factory=dict)
     """Keyword options of the loss, such as epsilon."""
     level: str = "token"
@@ -52,7 +54,7 @@ class ToySettings:
     reference_period: int = 10
     """Epochs between copies of the policy into the reference."""
     entropy_bonus: float = 0.0
-    """Weight of the entropy that is added to the objective."""
+    """Weight of the mean entropy that is added to the objective."""
     temperature: float = 1.0
     """Divides the logits where answers are sampled and where they are scored."""
     learning_rate: float = 1e-3
@@ -94,9 +96,9 @@ def train(settings: ToySettings, seeds: Sequence[int] = (0,)) -> ToyResult:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     model = side_by_side([new_model(settings, generator) for generator in generators])
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
-    weights, sequence, num_sequences = token_weights(settings, len(seeds))
+    objective, denominators = make_objective(settings), denominators_of_a_seed(settings)
     group, temperature = settings.num_responses, settings.temperature
-    rewards_by_epoch, sorted_by_epoch = [], []
+    rewards_by_epoch, sorted_by_epoch, ref_logprobs = [], [], None
 
     for epoch in range(settings.num_epochs):
         if settings.beta and epoch % settings.reference_period == 0:
@@ -113,23 +115,27 @@ def train(settings: ToySettings, seeds: Sequence[int] = (0,)) -> ToyResult:
 
         # Score, and compare within groups; a seed is a batch of its own, should the batch's statistics matter.
         rewards = score(settings.reward, settings.prompts, responses)
-        advantages = torch.stack([ADVANTAGES[settings.advantage](of_seed) for of_seed in rewards])
+        scores, one = rearrange(rewards, "seed prompts group -> seed prompts group 1"), torch.ones(1)
+        advantages = torch.stack([ADVANTAGES[settings.advantage](of_seed, one) for of_seed in scores])
         advantages = repeat(advantages, "seed prompts group -> (seed prompts group pos)", pos=responses.shape[-1])
         rewards_by_epoch.append(rewards.mean((1, 2)))
         sorted_by_epoch.append(count_sorted(settings.prompts, logits))
 
         # Learn: the first step is on-policy, the others move away from the policy that drew the responses.
+        completion = repeat(torch.arange(rewards.numel()), "completion -> (completion pos)", pos=responses.shape[-1])
         for _ in range(settings.num_steps):
             logits = model(prompts)
-            logprobs = rearrange(response_logprobs(logits, responses, temperature), FLATTEN)
-            log_ratio = LEVELS[settings.level](logprobs, old_logprobs, sequence, num_sequences)
-            losses = LOSSES[settings.loss](logprobs, log_ratio, advantages, **settings.loss_options)
-            if settings.beta:
-                losses = losses + settings.beta * KL_ESTIMATORS[settings.kl](ref_logprobs - logprobs)
-            if settings.entropy_bonus:
-                bonus = settings.entropy_bonus * entropy(logits, temperature)
-                losses = losses - repeat(bonus, "seed prompts pos -> (seed prompts group pos)", group=group)
-            loss = (weights * losses).sum()
+            of_position = entropy(logits, temperature)
+            batch = TokenBatch(
+                logprobs=rearrange(response_logprobs(logits, responses, temperature), FLATTEN),
+                entropy=repeat(of_position, "seed prompts pos -> (seed prompts group pos)", group=group),
+                advantages=advantages,
+                old_logprobs=old_logprobs,
+                completion=completion,
+                lengths=completion.bincount(),
+                ref_logprobs=ref_logprobs,
+            )
+            loss, _ = objective(batch, denominators)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -160,23 +166,25 @@ def new_model(settings: ToySettings, generator: torch.Generator) -> SortingModel
     )
 
 
-def token_weights(settings: ToySettings, num_seeds: int) -> tuple[Tensor, Int[Tensor, " token"], int]:
-    """What each token's loss is multiplied by, the response that each token belongs to, and the number of responses.
-
-    The denominators count one seed's tokens: the sum over seeds is then a sum of whole losses.
-    """
-    length = len(settings.prompts[0])
-    of_seed = len(settings.prompts) * settings.num_responses
-    sequence = repeat(torch.arange(num_seeds * of_seed), "sequence -> (sequence pos)", pos=length)
-    denominators = Denominators(
-        tokens=of_seed * length,
-        sequences=of_seed,
-        local_tokens=of_seed * length,
-        num_processes=1,
-        max_completion_length=length,
+def make_objective(settings: ToySettings) -> Objective:
+    """The loss of a run."""
+    loss, _ = LOSSES[settings.loss]
+    return grpo_objective(
+        partial(loss, **settings.loss_options),
+        settings.aggregation,
+        level=settings.level,
+        beta=settings.beta,
+        kl_estimator=settings.kl,
+        kl_bias_correction=False,
+        entropy_coef=settings.entropy_bonus,
     )
-    num_sequences = num_seeds * of_seed
-    return AGGREGATIONS[settings.aggregation](sequence, num_sequences, denominators), sequence, num_sequences
+
+
+def denominators_of_a_seed(settings: ToySettings) -> Denominators:
+    """The counts of one seed: the sum over seeds is then a sum of whole losses."""
+    length, sequences = len(settings.prompts[0]), len(settings.prompts) * settings.num_responses
+    tokens = sequences * length
+    return Denominators(tokens, sequences, tokens, num_processes=1, max_completion_length=length, update_tokens=tokens)
 
 
 def score(

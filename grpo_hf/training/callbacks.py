@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from transformers import ProgressCallback, TrainerCallback
 
 from grpo_hf.metrics import Metrics
 from grpo_hf.report import write_report
-from grpo_hf.rollout.record import keep_until
-from grpo_hf.training.checks import norm_of_weights
+from grpo_hf.training.checks import norm_of_weights, weights_not_finite
+from grpo_hf.training.guards import Guards, Seen
+from grpo_hf.training.recorder import keep_until
 from grpo_hf.training.throughput import step_line
 from grpo_hf.types import Group
 
@@ -90,15 +91,16 @@ class StepClock(TrainerCallback):
 
 
 class FiniteWeights(TrainerCallback):
-    """Tells the guards when an update has made weights NaN or infinite, before they are sampled from or saved."""
+    """Has the guards look at the trained weights after each update, before they are sampled from or saved."""
 
-    def __init__(self, tell: Callable[[float], Any]):
-        self.tell = tell
+    def __init__(self, guards: Guards):
+        self.guards = guards
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Look at the trained weights."""
+        """Their norm is NaN or infinite where any of them is."""
         if not math.isfinite(norm := norm_of_weights(model)):
-            self.tell(norm)
+            explain = partial(weights_not_finite, state.global_step, model, args)
+            self.guards.check(Seen(state.global_step, {"norm of the weights": norm}, explain=explain))
 
 
 class SyncReference(TrainerCallback):

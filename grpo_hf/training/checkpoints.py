@@ -1,4 +1,4 @@
-"""Which checkpoints are whole, and what this trainer adds to them.
+"""Saving and loading what this trainer adds to checkpoints, and which of them are whole.
 
 A checkpoint is whole once its manifest is there, which is written last and holds every file's size and digest. A run that
 is killed while it saves leaves a checkpoint without one; a file that is damaged later does not fit its digest.
@@ -9,26 +9,100 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.utils import logging
+
+from grpo_hf.metrics import Metrics
+from grpo_hf.rollout.peers import Peers
+from grpo_hf.training.guards import is_disk_full
 
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
 
 
-def is_finished(checkpoint: Path) -> bool:
-    """Whether it has its manifest; `damage` says whether it is whole."""
-    return (checkpoint / MANIFEST).is_file()
+class Stateful(Protocol):
+    """A part of a run with a state of its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Go on with that."""
 
 
-def begin(checkpoint: Path) -> None:
-    """A checkpoint of this name that an earlier attempt has left is whole no more."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
+@dataclass
+class Checkpoints:
+    """Saves and loads the parts of a run that transformers' Trainer does not know of."""
+
+    parts: Mapping[str, Stateful]
+    """Those that each process has its own of, by name."""
+    shared: Mapping[str, Stateful]
+    """Those that are the same on all processes."""
+    peers: Peers
+    """The processes."""
+    metrics: Metrics
+    """Where it is written that a disk was full."""
+    unsaved: str | None = None
+    """Why the last checkpoint is not there, when it is not."""
+    failures: int = 0
+    """Checkpoints that could not be saved."""
+
+    def save(self, folder: Path, others: Callable[[], None], more: dict[str, Any], *, run: dict[str, Any]) -> bool:
+        """Write a checkpoint: what ``others`` writes, the parts, ``more``, and last the manifest of this ``run``.
+
+        On a full disk what was written is removed, with a warning, and the answer is False.
+        """
+        problems = self.peers.gather(self._unless_disk_full(folder, lambda: self._write(folder, others, more)))
+        if not any(problems) and self.peers.rank == 0:
+            problems = [self._unless_disk_full(folder, lambda: finish(folder, run))]
+        self.unsaved = next((problem for part in self.peers.gather(problems) for problem in part if problem), None)
+        if self.unsaved:
+            self.failures += 1
+            self.metrics.maximum("guards/disk_full", self.failures)
+            if self.peers.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                logger.warning(f"{self.unsaved}. What was written of it is removed, and training goes on")
+        return self.unsaved is None
+
+    def _write(self, folder: Path, others: Callable[[], None], more: dict[str, Any]) -> None:
+        if self.peers.rank == 0:
+            (folder / MANIFEST).unlink(missing_ok=True)  # one of this name, of an earlier attempt, is whole no more
+        others()
+        if self.peers.rank == 0:
+            for name, part in self.shared.items():
+                torch.save(part.state_dict(), folder / f"{name}.pt")
+        save_part(more | {name: part.state_dict() for name, part in self.parts.items()}, folder, self.peers.rank)
+
+    def load(self, folder: Path, device: torch.device) -> dict[str, Any]:
+        """Give every part its state; returns all that was saved, with ``more``."""
+        if device.type == "cpu":  # of several processes it is cpu:1, say, which torch.load does not know
+            device = torch.device("cpu")
+        state = torch.load(folder / f"rollout-{self.peers.rank}.pt", map_location="cpu", weights_only=False)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        for name, part in self.shared.items():
+            part.load_state_dict(torch.load(folder / f"{name}.pt", map_location=device))
+        return state
+
+    def _unless_disk_full(self, folder: Path, write: Callable[[], None]) -> str | None:
+        """Call it; what to say when the disk is full."""
+        try:
+            write()
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            free = shutil.disk_usage(folder.parent).free
+            kept = ", ".join(path.name for path in checkpoints_in(folder.parent) if is_finished(path)) or "none"
+            return f"{folder} cannot be saved, the disk has {free} bytes free ({error}); checkpoints that are kept: {kept}"
+        return None
 
 
 def save_part(state: dict[str, Any], checkpoint: Path, rank: int) -> None:
@@ -36,9 +110,9 @@ def save_part(state: dict[str, Any], checkpoint: Path, rank: int) -> None:
     torch.save(state, checkpoint / f"rollout-{rank}.pt")
 
 
-def load_part(checkpoint: Path, rank: int, device: torch.device) -> dict[str, Any]:
-    """Read it back."""
-    return torch.load(checkpoint / f"rollout-{rank}.pt", map_location=device, weights_only=False)
+def is_finished(checkpoint: Path) -> bool:
+    """Whether it has its manifest; `damage` says whether it is whole."""
+    return (checkpoint / MANIFEST).is_file()
 
 
 def finish(checkpoint: Path, run: dict[str, Any]) -> None:

@@ -11,12 +11,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from grpo_hf.algorithm.trial import check_credit
 from grpo_hf.rewards import Reward, Scorer, check_columns, get_rewards
 from grpo_hf.rewards.gold import bad_gold
-from grpo_hf.rollout.planning import Update
 from grpo_hf.rollout.prompts import PromptSet, checked_dataset, load_prompts
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.models import context_length
+from grpo_hf.training.policy import StepReport
 
 logger = logging.get_logger(__name__)
 
@@ -66,6 +67,7 @@ def checked_rewards(reward_funcs: Any, args: GRPOConfig, processing_classes: Any
             f"reward_weights has {len(weights)} numbers for {len(rewards)} rewards "
             f"({', '.join(reward.name for reward in rewards)}); give one each"
         )
+    check_credit(args.credit(), len(rewards), args.num_generations, f"advantage={args.advantage_form!r}")
     return rewards, weights
 
 
@@ -128,12 +130,12 @@ def check_enough_prompts(prompts: PromptSet, args: GRPOConfig) -> None:
         )
 
 
-def not_finite(model: nn.Module, output_dir: str, update: Update | None = None) -> str:
+def why_not_finite(model: nn.Module, output_dir: str, report: StepReport | None = None) -> str:
     """Where a loss or gradient that is not finite comes from, and what to try."""
     weights = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     gradients = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    logprobs = [batch.old_logprobs for batch in update.microbatches] if update else []
-    bad_logprobs = sum(int((~torch.isfinite(values)).sum()) for values in logprobs if values is not None)
+    logprobs = report.logprobs.values() if report else ()
+    bad_logprobs = sum(int((~torch.isfinite(values)).sum()) for values in logprobs)
     return (
         f"not finite are {bad_logprobs} log-probs, {len(weights)} weights ({', '.join(weights[:3])}) and {len(gradients)} "
         f"gradients ({', '.join(gradients[:3])}). It has not reached the weights yet, and the checkpoints in {output_dir} "

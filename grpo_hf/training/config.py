@@ -5,23 +5,31 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
 
 from grpo_hf.algorithm.advantages import ADVANTAGES
-from grpo_hf.algorithm.correction import CORRECTION_MODES
+from grpo_hf.algorithm.aggregation import AGGREGATIONS
+from grpo_hf.algorithm.correction import CORRECTION_MODES, corrected, measured
 from grpo_hf.algorithm.kl import KL_ESTIMATORS
-from grpo_hf.algorithm.objective import LOSS_TYPES, Objective, engine_correction
+from grpo_hf.algorithm.losses import LOSSES
+from grpo_hf.algorithm.objective import Objective, grpo_objective
+from grpo_hf.algorithm.trial import options_of
+from grpo_hf.rewards.loading import choose
 from grpo_hf.rewards.settings import DEFAULT_POLICY, RewardSettings
-from grpo_hf.rollout.dynamic import CURRICULA, Choice, get_curriculum, solved_skipper
+from grpo_hf.rollout.dynamic import CURRICULA, Choice, solved_skipper
 from grpo_hf.rollout.weight_sync import LORA_SYNCS
 from grpo_hf.training.config_checks import check_config
 from grpo_hf.training.guards import ACTIONS, GUARDS, Guard, chosen_guards
 from grpo_hf.training.trl_names import TRL_ONLY
+
+if TYPE_CHECKING:
+    from grpo_hf.algorithm.advantages import Credit
+    from grpo_hf.algorithm.correction import Factor
 
 Class = TypeVar("Class", bound=type)
 
@@ -145,10 +153,21 @@ class GRPOConfig(TrainingArguments):
     bad_gold_rows: str = option("error", "Rows whose own answer no verifier can read: 'error', 'drop', or 'keep' unseen.")
 
     # Objective
-    loss_type: str = option("dapo", f"One of {', '.join(LOSS_TYPES)}.")
+    loss_type: str = option(
+        "dapo", f"The loss of each token: one of {', '.join(LOSSES)}, or a function of yours as path/file.py:function."
+    )
+    loss_aggregation: str | None = option(
+        None,
+        f"How the losses of tokens become one number: one of {', '.join(AGGREGATIONS)}. None: as the loss_type has it, "
+        "token_mean for a function of yours.",
+    )
     importance_sampling_level: str = option("token", "Ratio per 'token', or per 'sequence' (GSPO).")
     scale_rewards: str = option("group", "'group' (or True), 'batch' or 'none' (or False).")
-    advantage: str | None = option(None, f"Overrides scale_rewards: one of {', '.join(ADVANTAGES)}.")
+    advantage: str | None = option(
+        None,
+        f"How scores become advantages, in place of scale_rewards: one of {', '.join(ADVANTAGES)}, or a function of yours "
+        "as path/file.py:function.",
+    )
     reward_weights: list[float] | None = option(None, "One for each reward; None: 1 each.")
     num_iterations: int = option(1, "Passes over each rollout (μ in the GRPO paper).")
     epsilon: float = option(0.2, "Lower clip distance.")
@@ -225,41 +244,48 @@ class GRPOConfig(TrainingArguments):
         return self.batches_per_rollout // self.gradient_accumulation_steps
 
     @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps taken on one rollout."""
+        return self.updates_per_rollout * self.num_iterations
+
+    @property
     def prompts_per_rollout(self) -> int:
         """Prompts sampled at a time, over all processes."""
         return self.per_device_train_batch_size * self.batches_per_rollout * self.world_size // self.num_generations
 
     @property
     def advantage_form(self) -> str:
-        """The name in ADVANTAGES that this run uses."""
+        """The advantage that this run uses: what it is called in ADVANTAGES, or a function of the user's."""
         return self.advantage or {"group": "group", "batch": "batch", "none": "centered"}[str(self.scale_rewards)]
 
+    def credit(self) -> Credit:
+        """What turns the scores of a rollout into advantages; raises ValueError for an unknown name."""
+        return choose("advantage", self.advantage_form, ADVANTAGES)
+
     def objective(self) -> Objective:
-        """The loss of this run."""
-        options: dict[str, dict[str, Any]] = {
-            "cispo": {"epsilon_high": self.epsilon_high},
-            "sapo": {
-                "sapo_temperature_pos": self.sapo_temperature_pos,
-                "sapo_temperature_neg": self.sapo_temperature_neg,
-            },
-            "clipped": {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high, "delta": self.delta},
-        }
-        return Objective(
-            loss_type=self.loss_type,
+        """The loss of this run; raises ValueError for an unknown name, or a function that is no loss."""
+        chosen = choose("loss_type", self.loss_type, LOSSES)
+        loss, aggregation = chosen if isinstance(chosen, tuple) else (chosen, "token_mean")
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        return grpo_objective(
+            partial(loss, **options_of(loss, settings, f"loss_type={self.loss_type!r}")),
+            self.loss_aggregation or aggregation,
             level=self.importance_sampling_level,
-            loss_options=options.get(LOSS_TYPES[self.loss_type][0], {}),
+            factors=(self._correction(),),
             beta=self.beta,
             kl_estimator=self.kl_estimator,
             kl_bias_correction=self.use_bias_correction_kl,
             entropy_coef=self.entropy_coef,
-            correction=self._correction() if self.use_vllm and self.vllm_importance_sampling_correction else None,
         )
 
-    def _correction(self) -> Callable[..., Any]:
-        return engine_correction(
-            self.vllm_importance_sampling_mode,
-            self.vllm_importance_sampling_clip_min,
-            self.vllm_importance_sampling_clip_max,
+    def _correction(self) -> Factor:
+        if not (self.use_vllm and self.vllm_importance_sampling_correction):
+            return measured
+        return partial(
+            corrected,
+            mode=self.vllm_importance_sampling_mode,
+            low=self.vllm_importance_sampling_clip_min,
+            high=self.vllm_importance_sampling_clip_max,
         )
 
     @property
@@ -300,7 +326,7 @@ class GRPOConfig(TrainingArguments):
     def choice(self) -> Choice:
         """How prompts are chosen; raises ValueError for an unknown curriculum."""
         skipper = [solved_skipper(self.skip_solved_after, self.revisit_after)] if self.skip_solved_after else []
-        other = [get_curriculum(self.curriculum)] if self.curriculum is not None else []
+        other = [choose("curriculum", self.curriculum, CURRICULA)] if self.curriculum is not None else []
         return Choice(self.dynamic_sampling, self.dynamic_sampling_max_rounds, (*skipper, *other), self.solved_reward)
 
     @property

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from grpo_hf.algorithm.advantages import ADVANTAGES, NEEDS_A_GROUP
+from grpo_hf.algorithm.aggregation import AGGREGATIONS
 from grpo_hf.algorithm.correction import CORRECTION_MODES
 from grpo_hf.algorithm.kl import KL_ESTIMATORS
 from grpo_hf.algorithm.losses import LEVELS
-from grpo_hf.algorithm.objective import LOSS_TYPES
+from grpo_hf.algorithm.trial import CREDIT_FORM, check_arguments, check_loss, trial_batch
 from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.rollout.weight_sync import LORA_SYNCS
 
@@ -23,6 +24,7 @@ def check_config(config: GRPOConfig) -> None:
     """Raises ValueError that names the value, the limit and the fix."""
     _check_names(config)
     _check_numbers(config)
+    _check_objective(config)
     _check_engine(config)
     _check_batches(config)
     _check_choice(config)
@@ -32,7 +34,7 @@ def check_config(config: GRPOConfig) -> None:
 
 def _check_names(config: GRPOConfig) -> None:
     choices: dict[str, Iterable[Any]] = {
-        "loss_type": LOSS_TYPES,
+        "loss_aggregation": (None, *AGGREGATIONS),
         "importance_sampling_level": LEVELS,
         "scale_rewards": ("group", "batch", "none"),
         "kl_estimator": KL_ESTIMATORS,
@@ -44,8 +46,6 @@ def _check_names(config: GRPOConfig) -> None:
         "rollout_ahead": (0, 1),
         "vllm_importance_sampling_mode": CORRECTION_MODES,
     }
-    if config.advantage is not None:
-        choices["advantage"] = ADVANTAGES
     for name, known in choices.items():
         value = getattr(config, name)
         if value not in known:
@@ -83,23 +83,28 @@ def _check_numbers(config: GRPOConfig) -> None:
         "beta >= 0": lambda c: c.beta >= 0,
         "0 <= ref_model_mixup_alpha <= 1": lambda c: 0 <= c.ref_model_mixup_alpha <= 1,
         "ref_model_sync_steps >= 1": lambda c: c.ref_model_sync_steps >= 1,
-        "delta > 1 + epsilon_high": lambda c: (
-            c.delta is None or c.delta > 1 + (c.epsilon if c.epsilon_high is None else c.epsilon_high)
-        ),
     }
     for rule, holds in at_least.items():
         if not holds(config):
             values = {item.name: getattr(config, item.name) for item in fields(config) if item.name in rule.split()}
             raise ValueError(f"{', '.join(f'{k}={v}' for k, v in values.items())}, but {rule} is needed")
-    if config.loss_type == "cispo" and (config.epsilon_high or 0) < 1:
-        raise ValueError(
-            f"epsilon_high={config.epsilon_high}: for loss_type='cispo' it is the bound on the ratio itself, and a bound "
-            "below 1 shrinks even on-policy gradients; give one of at least 1, say 5.0"
-        )
     if config.auto_find_batch_size:
         raise ValueError("auto_find_batch_size=True would break up groups; lower tokens_per_microbatch instead")
     if config.sync_ref_model and not config.beta:
         raise ValueError("sync_ref_model=True needs a reference model, so beta > 0; beta is 0")
+
+
+def _check_objective(config: GRPOConfig) -> None:
+    """Try it on made-up tokens, which have what this run's tokens will have."""
+    objective, batch = config.objective(), trial_batch()
+    batch = replace(
+        batch,
+        log_ratio=objective.level(batch),
+        rollout_logprobs=batch.rollout_logprobs if config.use_vllm else None,
+        ref_logprobs=batch.ref_logprobs if config.beta else None,
+    )
+    check_loss(objective.terms[0].value, batch, f"loss_type={config.loss_type!r}")
+    check_arguments(config.credit(), 2, f"advantage={config.advantage_form!r}: {CREDIT_FORM}")
 
 
 def _check_engine(config: GRPOConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from peft import PeftModel
@@ -24,8 +24,6 @@ def make_engine(
     sampling: Sampling,
     prompts: Iterable[PromptSet],
     tokenizer: PreTrainedTokenizerBase,
-    autocast: Callable[[], Any],
-    finished_updates: Callable[[], int],
     peers: Peers,
     sharded: bool,
 ) -> Engine:
@@ -33,10 +31,9 @@ def make_engine(
     if not args.use_vllm:
         assert tokenizer.pad_token_id is not None
         return TransformersEngine(
-            model, pad_token_id=tokenizer.pad_token_id, tokenizer=tokenizer, autocast=autocast, together=sharded
+            model, pad_token_id=tokenizer.pad_token_id, tokenizer=tokenizer, dtype=args.compute_dtype, together=sharded
         )
     shared: dict[str, Any] = {
-        "version": finished_updates,
         "sampling": sampling,
         "max_prompt_length": max(len(ids) for part in prompts for ids in part.ids),
         "dtype": args.compute_dtype,

@@ -24,7 +24,7 @@ class Cost:
     token: int
     """For each token, in the weights of the body."""
     scored: int
-    """For each completion token, in the head."""
+    """For each position that predicts targets, in the head."""
     pair: int
     """For each pair of a query and a key that it looks at, in one layer."""
     windows: Counter[int | None]
@@ -56,7 +56,7 @@ def _batch_flops(cost: Cost, batch: PackedBatch) -> int:
         layers * int(keys.sum() if window is None else keys.clamp(max=window).sum())
         for window, layers in cost.windows.items()
     )
-    return cost.token * keys.numel() + cost.scored * len(batch.targets) + cost.pair * pairs
+    return cost.token * keys.numel() + cost.scored * len(batch.scored_at) + cost.pair * pairs
 
 
 def _weights(module: nn.Module, config: PretrainedConfig) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from grpo_hf.metrics import Metrics
 from grpo_hf.rewards.loading import nearest
 
 logger = logging.get_logger(__name__)
@@ -179,8 +180,9 @@ def _chosen(name: str, given: Any) -> Guard:
 class Guards:
     """The guards of a run."""
 
-    def __init__(self, chosen: Mapping[str, Guard]):
-        self.chosen = chosen
+    def __init__(self, chosen: Mapping[str, Guard], metrics: Metrics):
+        """``metrics`` is where it is written that one has tripped."""
+        self.chosen, self.metrics = chosen, metrics
         self.said: set[str] = set()
         """Those that have tripped and not recovered: one warning is enough."""
 
@@ -188,6 +190,13 @@ class Guards:
     def may_skip(self) -> bool:
         """Whether steps can be left out."""
         return any(guard.action == "skip" for guard in self.chosen.values())
+
+    def check(self, seen: Seen, *, can_skip: bool = False) -> bool:
+        """Whether to skip the step. Raises GuardError where a guard stops the run."""
+        readings = self.look(seen)
+        for name, reading in readings.items():
+            self.metrics.maximum(f"guards/{name}", float(reading.tripped))
+        return self.act(readings, can_skip=can_skip)
 
     def look(self, seen: Seen) -> dict[str, Reading]:
         """The readings of the guards that have something to look at."""

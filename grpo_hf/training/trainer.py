@@ -1,40 +1,41 @@
-"""GRPOTrainer: transformers.Trainer fed by the rollout stream, with GRPO's loss on packed micro-batches."""
+"""GRPOTrainer: transformers.Trainer whose data are rollouts, with GRPO's loss on token trees.
+
+In the order of the flow: `make_rollout` samples, scores, plans and records; `training_step` takes one of its updates.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from grpo_hf.algorithm.objective import Objective
-from grpo_hf.algorithm.sequences import sequence_mean
 from grpo_hf.evaluation import evaluate_prompts
 from grpo_hf.metrics import Metrics
 from grpo_hf.packing.choose import choose_layout, disable_dropout
 from grpo_hf.packing.layout import default_budget
-from grpo_hf.packing.logprobs import batch_logprobs
 from grpo_hf.rewards import RewardSpec, Scorer
 from grpo_hf.rewards.faults import merged, stop_if_faulty
+from grpo_hf.rollout.engine import EngineLostError
 from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.planning import Plan, Update
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, prepare_tokenizer
-from grpo_hf.rollout.record import (
-    record_forward,
-    record_outcomes,
-    record_rollout,
-    write_rollout,
-)
 from grpo_hf.rollout.sampler import GroupSampler
 from grpo_hf.rollout.stream import Rollout, RolloutStream
 from grpo_hf.rollout.vllm_support import installed_vllm
@@ -47,30 +48,30 @@ from grpo_hf.training.callbacks import (
     SyncReference,
     print_samples,
 )
+from grpo_hf.training.checkpoints import Checkpoints, Stateful, is_finished, resume_point, run_of
 from grpo_hf.training.checks import (
     check_enough_prompts,
     check_reference,
     checked_prompts,
     checked_rewards,
-    not_finite,
+    norm_of_weights,
     refuse_arguments,
+    why_not_finite,
 )
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import make_engine, make_sampling
-from grpo_hf.training.guarded import GuardedTrainer, Measured
-from grpo_hf.training.guards import Seen
-from grpo_hf.training.models import causal_lm, frozen_copy, is_sharded, load_config, load_model, load_tokenizer, run_inside
+from grpo_hf.training.guards import GuardError, Guards, Seen
+from grpo_hf.training.models import causal_lm, frozen_copy, is_sharded, load_config, load_model, load_tokenizer
+from grpo_hf.training.policy import Policy, with_logprobs
 from grpo_hf.training.profiling import Profile
+from grpo_hf.training.recorder import Recorder, put_back
+from grpo_hf.training.same_run import check_same_run, describe_run
 from grpo_hf.training.throughput import Throughput
-from grpo_hf.types import PackedBatch
 
 logger = logging.get_logger(__name__)
 
-SPREAD = ("sampling/sampling_logp_difference", "sampling/importance_sampling_ratio")
-"""Per-token values that are logged with their smallest and largest."""
 
-
-class GRPOTrainer(GuardedTrainer):
+class GRPOTrainer(Trainer):
     """Train a causal LM with GRPO (Shao et al. 2024, arXiv 2402.03300) and its descendants.
 
     The constructor is TRL's. `model` is a name, a path or a causal LM; `reward_funcs` one or several of: a registered
@@ -125,7 +126,8 @@ class GRPOTrainer(GuardedTrainer):
             disable_dropout(lm)
         if peft_config is not None:
             lm = get_peft_model(lm, peft_config)  # type: ignore[arg-type]
-        args.ignore_data_skip = True  # skipping would sample; the stream finds its own place
+        args.ignore_data_skip = True  # skipping would sample; rollouts find their own place
+        self.guards = Guards(args.chosen_guards(), self.metrics)
         super().__init__(
             model=lm,
             args=args,
@@ -134,7 +136,7 @@ class GRPOTrainer(GuardedTrainer):
             eval_dataset={name: part.dataset for name, part in evals.items()} or None,
             processing_class=tokenizer,
             callbacks=[
-                FiniteWeights(self._guard_weights),
+                FiniteWeights(self.guards),
                 MetricsFile(),
                 *([Profile(args.profile)] if args.profile else []),
                 *(callbacks or []),
@@ -142,100 +144,121 @@ class GRPOTrainer(GuardedTrainer):
             ],
             optimizers=optimizers,
         )
+        self.loss_is_scaled_for_ga = True
+        self._skips_step = False
         self.compute_dtype: torch.dtype = args.compute_dtype or causal_lm(self.model).dtype
-        self.throughput = Throughput(causal_lm(self.model))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgress(self.compute_dtype))
         for reward in self.rewards:
             if hasattr(reward.function, "processing_class"):  # a model
                 reward.function.to(self.args.device)  # type: ignore[attr-defined]
-        self.loss_is_scaled_for_ga = True
-        self.objective: Objective = args.objective()
         self.peers = Peers(self.args.process_index, self.args.world_size, lambda item: gather_object([item]))
-        self.sharded = is_sharded(self.accelerator)
+        self.objective: Objective = args.objective()
+        self.policy = self._make_policy()
+        self.plan = self._make_plan()
         self.stream = self._make_stream(tokenizer)
-        self.add_callback(StepClock(self.metrics, len(self.stream) // args.gradient_accumulation_steps))
-        self.ref_model = self._make_reference() if self.objective.beta else None
-        if self.args.sync_ref_model and self.ref_model is not None:
-            self.add_callback(SyncReference(self.model, self.ref_model))
+        self.rollout: Rollout | None = None
+        """The one that is trained on."""
+        self.recorder = Recorder(
+            self.metrics, Path(str(args.output_dir)), self.peers, Throughput(causal_lm(self.model)), args.num_iterations
+        )
+        parts: dict[str, Stateful] = {"stream": self.stream, "policy": self.policy, "recorder": self.recorder}
+        moves = self.policy.reference if args.sync_ref_model else None
+        self.checkpoints = Checkpoints(parts, {} if moves is None else {"reference": moves}, self.peers, self.metrics)
+        self.add_callback(StepClock(self.metrics, self.stream.order.rollouts_per_epoch * args.steps_per_rollout))
+        if moves is not None:
+            self.add_callback(SyncReference(self.model, moves))
 
     # ---- Setting up
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's; accelerate looks for FSDP only where it has found GPUs, and would train unsharded on the CPU."""
+        state = PartialState()
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU  # until it has looked; the device stays the CPU
+        super().create_accelerator_and_postprocess()
+        if torch.distributed.is_initialized():  # and it tells gloo nothing of how long to wait for a silent process
+            _set_pg_timeout(timedelta(seconds=self.args.ddp_timeout))
 
     def _checked_eval(self, evals: Any) -> dict[str, PromptSet]:
         """Held-out prompts by name; a single data set has the name ""."""
         named = evals if isinstance(evals, dict) else {} if evals is None else {"": evals}
         return {name: self._check(table, f"eval_dataset {name}".strip()) for name, table in named.items()}
 
-    def _make_stream(self, tokenizer: PreTrainedTokenizerBase) -> RolloutStream:
-        args = self.args
-        lm = causal_lm(self.model)
-        layout = choose_layout(lm, [self.prompts.ids[0], self.prompts.ids[-1]], args.token_layout)
-        self.sampling = make_sampling(args, tokenizer, lm)
-        self.sampler = GroupSampler(
-            engine=make_engine(
-                self.model,
-                args,
-                sampling=self.sampling,
-                prompts=[self.prompts, *self.eval_prompts.values()],
-                tokenizer=tokenizer,
-                peers=self.peers,
-                sharded=self.sharded,
-                finished_updates=lambda: self.state.global_step,
-                autocast=self.accelerator.autocast,
-            ),
-            tokenizer=tokenizer,
-            scorer=self.scorer,
-            metrics=self.metrics,
-            trainer_state=lambda: self.state,
-        )
-        seed = args.seed if args.data_seed is None else args.data_seed
-        longest = max(map(len, self.prompts.ids))
+    def _make_policy(self) -> Policy:
+        args, longest = self.args, max(map(len, self.prompts.ids))
+        layout = choose_layout(causal_lm(self.model), [self.prompts.ids[0], self.prompts.ids[-1]], args.token_layout)
         budget = args.tokens_per_microbatch or default_budget(
             args.device,
             longest_prompt=longest,
             longest_group=longest + args.num_generations * args.max_completion_length,
         )
+        # Under LoRA the reference is the model with its adapter switched off.
+        own_reference = args.beta > 0 and not isinstance(self.model, PeftModel)
+        return Policy(
+            self.model,
+            accelerator=self.accelerator,
+            objective=self.objective,
+            layout=layout,
+            tokens_per_microbatch=budget,
+            temperature=args.temperature,
+            reference=frozen_copy(self.model) if own_reference else None,
+            needs_reference=args.beta > 0,
+            sharded=is_sharded(self.accelerator),
+            peers=self.peers,
+        )
+
+    def _make_plan(self) -> Plan:
+        args = self.args
+        return Plan(
+            credit=args.credit(),
+            reward_weights=self.reward_weights,
+            updates_per_rollout=args.updates_per_rollout,
+            max_completion_length=args.max_completion_length,
+            mask_truncated_completions=args.mask_truncated_completions,
+            keep_zero_signal=args.keep_zero_signal or self.objective.needs_every_token,
+            whole_completions=self.objective.needs_whole_completions,
+            # A local mean is over the completions that a process has sampled itself.
+            balance=args.balance_processes and self.peers.count > 1 and not self.objective.needs_own_completions,
+        )
+
+    def _make_stream(self, tokenizer: PreTrainedTokenizerBase) -> RolloutStream:
+        args = self.args
+        sampling = make_sampling(args, tokenizer, causal_lm(self.model))
+        engine = make_engine(
+            self.model,
+            args,
+            sampling=sampling,
+            prompts=[self.prompts, *self.eval_prompts.values()],
+            tokenizer=tokenizer,
+            peers=self.peers,
+            sharded=self.policy.sharded,
+        )
+        seed = args.seed if args.data_seed is None else args.data_seed
         return RolloutStream(
             prompts=self.prompts,
             order=PromptOrder(len(self.prompts), args.prompts_per_rollout, seed, args.shuffle_dataset),
-            sampler=self.sampler,
-            sampling=self.sampling,
+            sampler=GroupSampler(engine, tokenizer, self.scorer, self.metrics),
+            sampling=sampling,
             num_generations=args.num_generations,
-            plan=Plan(
-                advantage=args.advantage_form,
-                updates_per_rollout=args.updates_per_rollout,
-                layout=layout,
-                tokens_per_microbatch=budget,
-                max_completion_length=args.max_completion_length,
-                mask_truncated_completions=args.mask_truncated_completions,
-                keep_zero_signal=args.keep_zero_signal or self.objective.needs_every_token,
-                # A local mean is over the completions that a process has sampled itself.
-                balance=args.balance_processes and self.peers.count > 1 and args.loss_type != "bnpo",
-                same_number=self.sharded,
-            ),
-            num_iterations=args.num_iterations,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            finished_updates=lambda: self.state.global_step,
-            on_rollout=self._on_rollout,
             peers=self.peers,
-            rollout_ahead=args.rollout_ahead,
-            max_updates=lambda: self.state.max_steps,
             choice=args.choice(),
         )
 
-    def _make_reference(self) -> nn.Module | None:
-        """None under LoRA, where the reference is the model with its adapter switched off."""
-        return None if isinstance(self.model, PeftModel) else frozen_copy(self.model)
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference model; None without one, and under LoRA, where it is the model with its adapter switched off."""
+        return self.policy.reference
 
     # ---- Rollouts
 
-    def get_train_dataloader(self) -> RolloutStream:  # type: ignore[override]
-        """The rollout stream; rollouts and measurements that an earlier train() has left are not this one's."""
+    def get_train_dataloader(self) -> Updates:  # type: ignore[override]
+        """The updates of one pass; rollouts and measurements that an earlier train() has left are not this one's."""
         self.stream.reset()
-        self.throughput.start(self.args.device, self.compute_dtype)
-        self.metrics.reset()
-        self._last_logged_step = 0
-        return self.stream
+        self.recorder.reset()
+        self.recorder.throughput.start(self.args.device, self.compute_dtype)
+        self.rollout = None
+        return Updates(self)
 
     def num_examples(self, dataloader: Any) -> int:
         """Prompts of one pass."""
@@ -244,115 +267,140 @@ class GRPOTrainer(GuardedTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
         """Nothing: denominators travel with each update."""
 
-    def _on_rollout(self, rollout: Rollout) -> None:
-        """Record a new rollout, and take the log-probs that its updates will need of the weights as they are now."""
-        self._claim_run_folder()
-        step = self.state.global_step + 1
-        record_rollout(self.metrics, rollout, self.peers)
-        record_outcomes(self.metrics, self.sampler.tally)
-        record_forward(self.metrics, rollout, self.peers, num_iterations=self.args.num_iterations)
-        if self.args.use_vllm:
-            self.metrics.mean("sampling/staleness", self.state.global_step - rollout.version)
-        sizes = [(len(g.prompt.ids) * len(g.completions), sum(len(c.ids) for c in g.completions)) for g in rollout.groups]
-        self.state.num_input_tokens_seen += sum(self.peers.gather(sum(map(sum, sizes))))
-        if self.args.save_rollouts:
-            folder = Path(str(self.args.output_dir), "rollouts")
-            write_rollout(folder, rollout, step=step, process=self.peers.rank)
-        since_log = self.state.global_step % max(1, int(self.state.logging_steps or 1))
-        if self.args.log_completions and self.peers.rank == 0 and since_log < self.stream.steps_per_rollout:
-            print_samples(rollout.groups, step, self.args.num_completions_to_print or 4)
-        stop_if_faulty(merged(self.peers.gather(self.sampler.tally)), self.scorer.settings)
+    def update_of_step(self, step: int) -> Update:
+        """What an optimizer step, counted from 0, trains on; makes its rollout where that is not at hand."""
+        index, place = divmod(step, self.args.steps_per_rollout)
+        if self.rollout is None or self.rollout.index != index:
+            self.rollout = self.make_rollout(index)
+        return self.rollout.updates[place % self.args.updates_per_rollout]
+
+    def make_rollout(self, index: int) -> Rollout:
+        """Sample, score, plan and record a rollout, and take the log-probs that it needs of the weights as they are now."""
+        self.policy.inner, self.policy.wrapped = self.model, self.model_wrapped
+        args, step = self.args, self.state.global_step
+        ahead = args.rollout_ahead > 0 and step + args.steps_per_rollout < self.state.max_steps
+        rollout = self.stream.make(index, version=step, ahead=ahead, trainer_state=self.state)
+        updates = self.plan.updates(rollout.groups, rollout.version, self.peers)
+        self.recorder.claim_folder(step)
+        self.state.num_input_tokens_seen += self.recorder.rollout(rollout, step=step + 1, save=args.save_rollouts)
+        if args.use_vllm:
+            self.metrics.mean("sampling/staleness", step - rollout.version)
+        since_log = step % max(1, int(self.state.logging_steps or 1))
+        if args.log_completions and self.peers.rank == 0 and since_log < args.steps_per_rollout:
+            print_samples(rollout.groups, step + 1, args.num_completions_to_print or 4)
+        stop_if_faulty(merged(self.peers.gather(rollout.tally)), self.scorer.settings)
         with self.metrics.phase("logprobs"):
-            for number, update in enumerate(rollout.updates):
-                update.microbatches = [batch.to(self.args.device) for batch in update.microbatches]
-                for batch in update.microbatches:
-                    if self.objective.beta:
-                        batch.ref_logprobs = self._reference_logprobs(batch)
-                    if number > 0:  # the first update's are its own, see _loss
-                        batch.old_logprobs = self._no_grad_logprobs(self.model_wrapped, self.model, batch)
+            return replace(rollout, updates=self.policy.annotated(updates))
 
     # ---- The update
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Run one update's micro-batches, and look at what comes of them."""
+        """Take one update's gradient, and look at what comes of it."""
         if "update" not in inputs:
             return torch.zeros((), device=self.args.device)
         update: Update = inputs["update"]
         model.train()
-        loss, measured = self._with_less_memory(lambda: self._forward_backward(model, update), update)
-        values = self._step_means(loss, measured)
-        self._skips_step = self._guarded(values, partial(not_finite, self.model, str(self.args.output_dir), update))
-        if math.isfinite(values["loss"]):
-            self.metrics.mean("loss", loss)
-            for batch, of_tokens in measured:
-                self._record_values(batch, of_tokens)
-        return loss
-
-    def _forward_backward(self, model: nn.Module, update: Update) -> tuple[Tensor, list[Measured]]:
-        """The loss, and what its micro-batches measured; gradients are synchronized on the last."""
-        loss = torch.zeros((), device=self.args.device)
-        measured: list[Measured] = []
         with self.metrics.phase("forward_backward"):
-            for number, batch in enumerate(update.microbatches, start=1):
-                last = number == len(update.microbatches)
-                # Gradients that are not synchronized are whole ones, for which sharded models have no room.
-                with contextlib.nullcontext() if last or self.sharded else self.accelerator.no_sync(model):
-                    part, values = self._loss(model, batch, update)
-                    self.accelerator.backward(part)
-                loss += part.detach()
-                if batch.weight:
-                    measured.append((batch, {name: value.detach() for name, value in values.items()}))
-        return loss, measured
+            report = self.policy.forward_backward(update, step=self.state.global_step + 1)
+        if self.args.num_iterations > 1 and update.samples[0].old_logprobs is None:
+            update.samples = with_logprobs(update.samples, old_logprobs=report.logprobs)  # for its later passes
+        self.current_flos += self.recorder.throughput.add(report.batches)
+        means = self.recorder.step(report)
+        if (rollout := self.rollout) is not None:
+            means["sampling/staleness"] = rollout.index * self.args.steps_per_rollout - rollout.version
+        self._skips_step = self._checked(means, partial(why_not_finite, self.model, str(self.args.output_dir), report))
+        return report.loss
 
-    def _loss(self, model: nn.Module, batch: PackedBatch, update: Update) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs, entropy = self._logprobs(model, self.model, batch)
-        if batch.old_logprobs is None:
-            # Sampling-time weights are the current ones, so π_old is π_θ held constant; later passes will need it.
-            batch.old_logprobs = logprobs.detach()
-        loss, values = self.objective(
-            logprobs,
-            entropy,
-            batch.advantages,
-            batch.sequence,
-            update.denominators,
-            old_logprobs=batch.old_logprobs,
-            ref_logprobs=batch.ref_logprobs,
-            rollout_logprobs=batch.rollout_logprobs,
-        )
-        # Data-parallel wrappers average over processes what is already a share of the global sum.
-        return loss * batch.weight * update.denominators.num_processes, values
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Nothing more: training_step has counted them."""
+        return 0
 
-    def _record_values(self, batch: PackedBatch, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            spread = name in SPREAD
-            suffix = "_mean" if name.startswith("clip_ratio/") else "/mean" if spread else ""
-            self.metrics.mean(name + suffix, value.detach().sum(), len(value))
-            if spread:
-                self.metrics.minimum(f"{name}/min", value.min().item())
-                self.metrics.maximum(f"{name}/max", value.max().item())
-        if "clip_ratio/low" in values:
-            per_sequence = [
-                sequence_mean(values[f"clip_ratio/{side}"], batch.sequence, batch.num_sequences) for side in ("low", "high")
-            ]
-            self.metrics.minimum("clip_ratio/low_min", per_sequence[0].min().item())
-            self.metrics.maximum("clip_ratio/high_max", per_sequence[1].max().item())
+    def _checked(self, values: dict[str, float], explain: Any) -> bool:
+        """Whether the guards have the step skipped."""
+        return self.guards.check(Seen(self.state.global_step + 1, values, explain=explain), can_skip=True)
 
-    def _logprobs(self, wrapped: nn.Module, inner: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        def forward(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-            return batch_logprobs(causal_lm(inner), batch, temperature=self.args.temperature)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's, with a look at it before it reaches the weights, and without the gradients of a step that is skipped.
 
-        with self.accelerator.autocast():
-            return run_inside(wrapped, inner, forward, batch)
+        fp16's gradient scaler makes such gradients itself, finds them, and leaves out the step.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if grad_norm is not None and self.accelerator.scaler is None and not self._skips_step:
+            explain = partial(why_not_finite, self.model, str(self.args.output_dir))
+            self._skips_step = self._checked({"gradient norm": float(grad_norm)}, explain)
+        if self._skips_step:
+            model.zero_grad()  # to None: from a gradient of zero, momentum and weight decay would still move weights
+        if self.guards.may_skip:
+            self.metrics.mean("guards/skipped_steps", float(self._skips_step))
+        return grad_norm
 
-    @torch.no_grad()
-    def _no_grad_logprobs(self, wrapped: nn.Module, inner: nn.Module, batch: PackedBatch) -> Tensor:
-        return self._logprobs(wrapped, inner, batch)[0]
+    # ---- A run and its checkpoints
 
-    def _reference_logprobs(self, batch: PackedBatch) -> Tensor:
-        if self.ref_model is not None:
-            return self._no_grad_logprobs(self.ref_model, self.ref_model, batch)
-        with self.model.disable_adapter():
-            return self._no_grad_logprobs(self.model_wrapped, self.model, batch)
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trainer's; "auto" goes on from the newest whole checkpoint in output_dir, or starts anew."""
+        checkpoint = resume_point(resume_from_checkpoint, self.recorder.folder)
+        if checkpoint and (changed := check_same_run(run_of(checkpoint), self._describe(), str(checkpoint))):
+            logger.warning(changed)
+        if checkpoint and self.recorder.aside:  # by an evaluation before this
+            put_back(self.recorder.aside, self.recorder.folder)
+        self.checkpoints.unsaved = None
+        try:
+            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+        except GuardError:
+            self._save_before_stop(trial)
+            raise
+        except EngineLostError:
+            self.stream.ahead = None  # it is lost with the engine
+            if self.state.global_step:
+                self._save_checkpoint(self.model, trial)
+                logger.error(f"saved step {self.state.global_step}; go on with --resume_from_checkpoint auto")
+            raise
+        finally:
+            self.stream.sampler.engine.abort()
+        if self.checkpoints.unsaved:
+            raise GuardError(f"the run has ended, and its last checkpoint is not saved: {self.checkpoints.unsaved}")
+        return output
+
+    def _describe(self) -> dict[str, Any]:
+        return describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
+
+    def _checkpoint_folder(self, trial: Any) -> Path:
+        return Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, with the parts that this trainer adds; older checkpoints go when this one is whole."""
+        more: dict[str, Any] = {"rollout": None}
+        if self.rollout is not None and self.rollout.index == self.state.global_step // self.args.steps_per_rollout:
+            # It has updates to run, and these are all that is needed of it.
+            more["rollout"] = replace(self.rollout, groups=[], sampled=[], tally={})
+        folder = self._checkpoint_folder(trial)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            whole = self.checkpoints.save(
+                folder, partial(super()._save_checkpoint, model, trial), more, run=self._describe()
+            )
+        finally:
+            self.args.save_total_limit = limit
+        if whole and self.peers.rank == 0:
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
+
+    def _save_before_stop(self, trial: Any) -> None:
+        """The steps so far are good, unless their weights are not."""
+        wanted = self.args.save_strategy != "no" and self.state.global_step > 0
+        if wanted and not is_finished(self._checkpoint_folder(trial)) and math.isfinite(norm_of_weights(self.model)):
+            self._save_checkpoint(self.model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, with the parts that this trainer adds, and the random state."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.rollout = self.checkpoints.load(Path(checkpoint), self.args.device)["rollout"]
+            self._load_rng_state(checkpoint)
 
     # ---- Evaluation
 
@@ -363,22 +411,23 @@ class GRPOTrainer(GuardedTrainer):
         parts = self.eval_prompts if eval_dataset is None else self._checked_eval(eval_dataset)
         if not parts:
             raise ValueError("evaluation needs an eval_dataset")
-        args = self.args
+        args, stream = self.args, self.stream
         temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
         metrics: dict[str, float] = {}
-        self.stream.settle()
-        self.sampler.engine.sync_weights()
+        stream.settle()
+        stream.sampler.engine.sync_weights(self.state.global_step)
         with self.metrics.phase("evaluate"):
             for name, prompts in parts.items():
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
                 measured = evaluate_prompts(
                     prompts,
-                    replace(self.sampler, metrics=Metrics()),
-                    replace(self.sampling, temperature=temperature),
+                    replace(stream.sampler, metrics=Metrics()),
+                    replace(stream.sampling, temperature=temperature),
                     num_generations=args.num_generations_eval or args.num_generations,
                     batch_size=args.per_device_eval_batch_size,
                     seed=args.seed,
                     peers=self.peers,
+                    trainer_state=self.state,
                 )
                 metrics |= {f"{prefix}_{key}": value for key, value in measured.items()}
         self.log(metrics)
@@ -389,24 +438,36 @@ class GRPOTrainer(GuardedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the steps since the last log measured; reward comes first."""
-        self._claim_run_folder()
+        self.recorder.claim_folder(self.state.global_step)
         readings = {}
         if "loss" in logs:
-            steps = self.state.global_step - self._last_logged_step
-            measured = self.metrics.flush(self.peers.gather, steps=steps)
-            seconds = sum(value for name, value in measured.items() if name.startswith("time/"))
-            measured["tokens_per_second"] = measured.get("tokens/sampled", 0.0) / seconds
-            measured["num_tokens"] = self.state.num_input_tokens_seen
-            trained_for = measured.get("time/forward_backward", 0.0) * max(steps, 1)
-            measured |= self.throughput.flush(self.peers.gather, seconds=trained_for)
-            logs = dict(sorted((logs | measured).items(), key=lambda item: item[0] != "reward"))
-            self._last_logged_step = self.state.global_step
+            logs = self.recorder.line(logs, step=self.state.global_step)
+            logs["num_tokens"] = self.state.num_input_tokens_seen
             rewards = [line["reward"] for line in [*self.state.log_history, logs] if "loss" in line and "reward" in line]
             readings = self.guards.look(Seen(self.state.global_step, rewards=rewards))
             logs |= {f"guards/{name}": float(reading.tripped) for name, reading in readings.items()}
         super().log(logs, start_time)
         self.guards.act(readings)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of an update that was taken."""
-        return self.throughput.add(inputs["update"].microbatches) if "update" in inputs else 0
+
+class Updates:
+    """One pass over the prompts, as the dataloader that Trainer draws from.
+
+    Trainer draws `gradient_accumulation_steps` items for an optimizer step. An update is planned as a whole, so the last
+    of them carries it and the others are empty. Which update comes next follows from the number of finished ones alone,
+    so a resumed run goes on where the killed one was.
+    """
+
+    def __init__(self, trainer: GRPOTrainer):
+        self.trainer = trainer
+        self.steps = trainer.stream.order.rollouts_per_epoch * trainer.args.steps_per_rollout
+
+    def __len__(self) -> int:
+        return self.steps * self.trainer.args.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        start = self.trainer.state.global_step
+        for step in range(start, (start // self.steps + 1) * self.steps):
+            update = self.trainer.update_of_step(step)
+            yield from [{}] * (self.trainer.args.gradient_accumulation_steps - 1)
+            yield {"update": update}

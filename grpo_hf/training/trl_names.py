@@ -15,7 +15,7 @@ TRL_ONLY: dict[str, str] = {
     "vespo_lambda_pos": "loss_type='vespo' is not here; 'sapo' is the soft-clipped loss",
     "vespo_k_neg": "loss_type='vespo' is not here; 'sapo' is the soft-clipped loss",
     "vespo_lambda_neg": "loss_type='vespo' is not here; 'sapo' is the soft-clipped loss",
-    "multi_objective_aggregation": "rewards are weighted, summed, then normalized; leave it out",
+    "multi_objective_aggregation": "advantage='gdpo' normalizes each reward before the sum, the other forms after it",
     "top_entropy_quantile": "every token counts; use entropy_coef for exploration",
     "use_adaptive_entropy": "set a constant entropy_coef",
     "entropy_coef_min": "set a constant entropy_coef",

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from grpo_hf.algorithm.aggregation import Denominators
 from grpo_hf.algorithm.logits import entropy, token_logprobs
 from grpo_hf.algorithm.objective import Objective
-from grpo_hf.packing.attention import SHARED_PREFIX
+from grpo_hf.packing.attention import TOKEN_TREE
 from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.packing.logprobs import batch_logprobs
 from grpo_hf.training.models import causal_lm
@@ -31,7 +31,7 @@ def test_packed_gradient_is_padded_gradient(family: str) -> None:
         expected = gradient_of_rows(make_model(family, lora, checkpointing), groups)
         for layout, budget in (("packed", 40), ("packed", 1000), ("padded", 1000)):
             model = make_model(family, lora, checkpointing)
-            causal_lm(model).set_attn_implementation(SHARED_PREFIX)
+            causal_lm(model).set_attn_implementation(TOKEN_TREE)
             batches = LAYOUTS[layout](groups, tokens_per_microbatch=budget)
             assert len(batches) > 1 or budget == 1000
             for batch in batches:

@@ -31,9 +31,9 @@ def test_first_ratio_is_one(
     ratios: dict[int, list[Tensor]] = defaultdict(list)
     objective = Objective.__call__
 
-    def observed(self, logprobs, *args, old_logprobs, **options):
-        ratios[trainer.state.global_step].append((logprobs - old_logprobs).detach().exp())
-        return objective(self, logprobs, *args, old_logprobs=old_logprobs, **options)
+    def observed(self, batch, denominators):
+        ratios[trainer.state.global_step].append((batch.logprobs - batch.old_logprobs).detach().exp())
+        return objective(self, batch, denominators)
 
     monkeypatch.setattr(Objective, "__call__", observed)
     trainer.train()

@@ -69,8 +69,8 @@ def test_every_failure_is_counted_under_its_own_name(tmp_path: Path) -> None:
         left_out = row["outcomes/failing"] == "bad_gold"
         assert math.isnan(row["reward"]) == left_out
         assert not left_out or row["advantage"] == 0.0
-    completions = [item for group in trainer.stream.rollout.groups for item in group.completions]
-    (update,) = trainer.stream.rollout.updates
+    completions = [item for group in trainer.rollout.groups for item in group.completions]
+    (update,) = trainer.rollout.updates
     assert update.denominators.sequences == 20
     assert update.denominators.tokens == sum(len(item.ids) for item in completions if not math.isnan(item.reward))
 

@@ -63,10 +63,10 @@ def test_one_entry_changes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     """A loss, or an advantage, of zeros stops the toy's own loop and both models under GRPOTrainer."""
     assert moves(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setitem(LOSSES, "clipped", lambda logprobs, *args, **options: 0 * logprobs)
+        patch.setitem(LOSSES, "dapo", (lambda batch, **options: (0 * batch.logprobs, {}), "token_mean"))
         assert not moves(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setitem(ADVANTAGES, "group", torch.zeros_like)
+        patch.setitem(ADVANTAGES, "group", lambda scores, weights: torch.zeros(scores.shape[:2]))
         assert not moves(tmp_path)
 
 

@@ -1,0 +1,190 @@
+"""The model that is trained: its log-probs, its reference's, and the gradient of an update."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from grpo_hf.algorithm.objective import Objective
+from grpo_hf.packing.layout import LAYOUTS
+from grpo_hf.packing.logprobs import batch_logprobs
+from grpo_hf.rollout.peers import ALONE, Peers
+from grpo_hf.rollout.planning import Update
+from grpo_hf.training.guards import GuardError, is_out_of_memory
+from grpo_hf.training.models import causal_lm, run_inside
+from grpo_hf.types import PackedBatch, TrainingSample
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class StepReport:
+    """What the forward and backward passes of an update have measured on this process."""
+
+    loss: Tensor
+    """Of the update: this process's part, times the number of processes."""
+    batches: list[PackedBatch] = field(default_factory=list)
+    """The micro-batches that were run."""
+    metrics: list[dict[str, Tensor]] = field(default_factory=list)
+    """Per-token values of each by name, NaN where a token is not counted; none of one that adds nothing to the gradient."""
+    logprobs: dict[int, Tensor] = field(default_factory=dict)
+    """Of each sample's targets, by its number in the update, before the step."""
+    out_of_memory: bool = False
+    """Whether memory ran out at first."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were forwarded."""
+        return sum(batch.num_tokens for batch in self.batches)
+
+    def values(self) -> dict[str, Tensor]:
+        """Each metric's values that count, over all micro-batches."""
+        names = dict.fromkeys(name for values in self.metrics for name in values)
+        joined = {name: torch.cat([values[name] for values in self.metrics if name in values]) for name in names}
+        return {name: values[~values.isnan()] for name, values in joined.items()}
+
+
+class Policy:
+    """A causal LM with what its training needs: a wrapper, a reference, a layout, an objective.
+
+    ``inner`` is the model or the PEFT model around it; ``wrapped`` what the launcher has put around that.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        accelerator: Any,
+        objective: Objective,
+        layout: str,
+        tokens_per_microbatch: int,
+        temperature: float,
+        reference: nn.Module | None = None,
+        needs_reference: bool = False,
+        sharded: bool = False,
+        peers: Peers = ALONE,
+    ):
+        """``reference`` None is the model with its adapter switched off; ``sharded``: every process runs as many forward
+        passes as the others."""
+        self.inner = self.wrapped = model
+        self.accelerator, self.objective, self.layout, self.temperature = accelerator, objective, layout, temperature
+        self.reference, self.needs_reference, self.sharded, self.peers = reference, needs_reference, sharded, peers
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.was_halved = False
+        """Whether memory has run out before; once more ends the run."""
+
+    def microbatches(self, update: Update) -> list[PackedBatch]:
+        """An update's samples laid out under the budget that holds now, on the model's device."""
+        batches = LAYOUTS[self.layout](update.samples, tokens_per_microbatch=self.tokens_per_microbatch)
+        weight = 0.0 if update.idle else 1.0
+        batches = [replace(batch.to(self.accelerator.device), weight=weight) for batch in batches]
+        if self.sharded:
+            missing = max(self.peers.gather(len(batches))) - len(batches)
+            batches += [replace(min(batches, key=lambda batch: batch.num_tokens), weight=0.0)] * missing
+        return batches
+
+    @torch.no_grad()
+    def logprobs(self, batch: PackedBatch) -> Tensor:
+        """log π_θ of every target [token], a constant."""
+        return self._forward(self.wrapped, self.inner, batch)[0]
+
+    @torch.no_grad()
+    def ref_logprobs(self, batch: PackedBatch) -> Tensor:
+        """log π_ref of every target [token]."""
+        if self.reference is not None:
+            return self._forward(self.reference, self.reference, batch)[0]
+        assert isinstance(self.inner, PeftModel)
+        with self.inner.disable_adapter():
+            return self._forward(self.wrapped, self.inner, batch)[0]
+
+    def annotated(self, updates: list[Update]) -> list[Update]:
+        """The updates of a new rollout with the log-probs that they will need of the weights as they are now: the
+        reference's, and, for all but the first, whose weights these are, the policy's own."""
+        sources = {"ref_logprobs": self.ref_logprobs} if self.needs_reference else {}
+        annotated = []
+        for number, update in enumerate(updates):
+            wanted = sources | ({"old_logprobs": self.logprobs} if number else {})
+            found: dict[str, dict[int, Tensor]] = {name: {} for name in wanted}
+            for batch in self.microbatches(update) if wanted else ():
+                for name, source in wanted.items():
+                    found[name] |= batch.by_sample(source(batch).cpu())
+            annotated.append(replace(update, samples=with_logprobs(update.samples, **found)))
+        return annotated
+
+    def forward_backward(self, update: Update, *, step: int) -> StepReport:
+        """Add the update's gradient, which is synchronized on its last micro-batch; where memory runs out, once more with
+        half the budget. Raises GuardError when that is not enough."""
+        try:
+            return self._forward_backward(update)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._halve_budget(step, error)
+        # Outside the except clause, which keeps the failed pass's activations.
+        self.inner.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return replace(self.forward_backward(update, step=step), out_of_memory=True)
+
+    def _forward_backward(self, update: Update) -> StepReport:
+        report = StepReport(torch.zeros((), device=self.accelerator.device))
+        batches = self.microbatches(update)
+        for number, batch in enumerate(batches, start=1):
+            # Gradients that are not synchronized are whole ones, for which sharded models have no room.
+            synced = number == len(batches) or self.sharded
+            with contextlib.nullcontext() if synced else self.accelerator.no_sync(self.wrapped):
+                tokens = batch.tokens(*self._forward(self.wrapped, self.inner, batch))
+                part, metrics = self.objective(tokens, update.denominators)
+                # Data-parallel wrappers average over processes what is already a share of the global sum.
+                part = part * batch.weight * update.denominators.num_processes
+                self.accelerator.backward(part)
+            report.loss += part.detach()
+            report.batches.append(batch)
+            report.metrics.append({name: value.detach() for name, value in metrics.items()} if batch.weight else {})
+            report.logprobs |= batch.by_sample(tokens.logprobs.detach().cpu())
+        return report
+
+    def _forward(self, wrapped: nn.Module, inner: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        def forward(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+            return batch_logprobs(causal_lm(inner), batch, temperature=self.temperature)
+
+        with self.accelerator.autocast():
+            return run_inside(wrapped, inner, forward, batch)
+
+    def _halve_budget(self, step: int, error: RuntimeError) -> None:
+        """For the rest of the run; raises when that was done before, or when other processes would have to join in."""
+        budget = self.tokens_per_microbatch
+        message = f"out of memory in step {step}, tokens_per_microbatch={budget}"
+        if self.peers.count > 1:  # they wait in a collective, where a checkpoint would wait for them
+            raise torch.OutOfMemoryError(f"{message}; set tokens_per_microbatch={max(1, budget // 2)}: {error}") from error
+        if self.was_halved or budget == 1:
+            raise GuardError(
+                f"{message}, which was halved before: lower it, max_completion_length or the length of prompts, or set "
+                f"gradient_checkpointing=True: {error}"
+            ) from error
+        self.tokens_per_microbatch, self.was_halved = budget // 2, True
+        logger.warning(f"{message}; from here on it is {budget // 2}, and the step is taken again with the same numbers")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The budget, where memory has run out."""
+        return {"halved_budget": self.tokens_per_microbatch if self.was_halved else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a checkpoint's."""
+        if state["halved_budget"]:
+            self.tokens_per_microbatch = min(state["halved_budget"], self.tokens_per_microbatch)
+            self.was_halved = True
+
+
+def with_logprobs(samples: list[TrainingSample], **found: dict[int, Tensor]) -> list[TrainingSample]:
+    """The samples with these of their log-probs, by sample number."""
+    return [
+        replace(sample, **{name: values[number] for name, values in found.items()})  # type: ignore[arg-type]
+        for number, sample in enumerate(samples)
+    ]
