@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.cases import Case, make_data, make_model, make_tokenizer
 from benchmarks.side_by_side import RESULTS, Worker, setting
-from benchmarks.sides.ours import groups_of
+from benchmarks.sides.ours import samples_of
 from grpo_hf.packing.layout import TOKENS_PER_MICROBATCH, pack
 from grpo_hf.training.flops import cost_of, update_flops
 from grpo_hf.training.throughput import matmul_peak
@@ -51,7 +51,8 @@ def unique_tokens(case: Case) -> int:
 
 def model_flops(case: Case) -> int:
     """Floating-point operations that an update needs."""
-    return update_flops(cost_of(make_model(case)), pack(groups_of(make_data(case)), tokens_per_microbatch=1_000_000))
+    samples = samples_of(case, make_data(case))
+    return update_flops(cost_of(make_model(case)), pack(samples, tokens_per_microbatch=1_000_000))
 
 
 def measure_axis(axis: str, repeats: int) -> dict[str, dict[str, Any]]:

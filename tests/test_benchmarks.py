@@ -18,9 +18,9 @@ from benchmarks.attention_variants import VARIANTS, _sequences, why_not
 from benchmarks.cases import Case, make_data, make_model
 from benchmarks.side_by_side import compare_gradients, measure
 from benchmarks.sides import NEEDS, gradient_file, is_installed, liger, plain, trl_async_tree
-from benchmarks.sides.ours import groups_of
-from grpo_hf.packing.attention import ScoreRule, attend, by_span
-from grpo_hf.packing.layout import num_tokens, packed_batch, pad
+from grpo_hf.packing.attention import ScoreRule, attend, by_path
+from grpo_hf.packing.layout import packed_batch
+from grpo_hf.rollout.planning import numbered_samples
 from tests.tiny import random_groups
 
 ROOT = Path(__file__).parents[1]
@@ -68,8 +68,8 @@ def test_it_runs_without_what_only_training_needs(tmp_path: Path) -> None:
     errors = re.findall(r"(\S+, \S+, float32) +error (\S+) .* passed 1", done.stdout)
     assert [name for name, _ in errors] == [
         "padded, sdpa, float32",
-        "packed, shared_prefix, float32",
-        "packed, by_span, float32",
+        "packed, token_tree, float32",
+        "packed, by_path, float32",
         "packed, cascade, float32",
     ]
     assert all(0 < float(error) < 1e-5 for _, error in errors)
@@ -85,17 +85,17 @@ def test_it_runs_without_what_only_training_needs(tmp_path: Path) -> None:
 def test_a_wrong_attention_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """And nothing is measured then."""
 
-    def looks_away(query, key, value, layout, rule):
-        return by_span(query, key, value, layout, ScoreRule(1.001 * rule.scaling, 1, None))
+    def looks_away(query, key, value, tree, rule):
+        return by_path(query, key, value, tree, ScoreRule(1.001 * rule.scaling, 1, None))
 
     def raises(*args):
         raise RuntimeError("no kernel\nfor this")
 
-    monkeypatch.setitem(VARIANTS, "by_span", looks_away)
+    monkeypatch.setitem(VARIANTS, "by_path", looks_away)
     monkeypatch.setitem(VARIANTS, "another", raises)
     assert gpu.main(TINY) == 1
     shown = capsys.readouterr()
-    assert re.search(r"FAILED gradients / packed, by_span, float32: relative error \S+, more than 0.0001", shown.err)
+    assert re.search(r"FAILED gradients / packed, by_path, float32: relative error \S+, more than 0.0001", shown.err)
     assert "FAILED gradients / packed, another, float32: RuntimeError: no kernel\n" in shown.err
     assert "updates" not in shown.out
 
@@ -116,26 +116,26 @@ def test_cuda_is_needed_unless_told_otherwise(capsys: pytest.CaptureFixture[str]
     assert "there is no CUDA GPU; on a CPU: --device cpu --size tiny" in capsys.readouterr().err
 
 
-def test_varlen_sequences_are_the_layout() -> None:
-    """Attention over each sequence's gathered keys is by_span."""
-    layout = packed_batch(random_groups()).prefix_layout
-    assert layout is not None
+def test_varlen_sequences_are_the_tree() -> None:
+    """Attention over each node's gathered keys is by_path."""
+    tree = packed_batch(numbered_samples(random_groups(), version=0)).tree
+    assert tree is not None
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 2, len(layout.prompt_of), 8) for _ in range(3))
+    query, key, value = (torch.randn(1, 2, len(tree.reach), 8) for _ in range(3))
     rule = ScoreRule(0.5, None, None)
-    keys, cu_queries, cu_keys, max_queries, max_keys = _sequences(layout)
+    keys, cu_queries, cu_keys, max_queries, max_keys = _sequences(tree)
     parts = []
     for number in range(len(cu_queries) - 1):
         q, k = slice(*cu_queries[number : number + 2]), keys[cu_keys[number] : cu_keys[number + 1]]
         assert q.stop - q.start <= max_queries and len(k) <= max_keys
         parts.append(attend(query[:, :, q], key[:, :, k], value[:, :, k], rule))
-    torch.testing.assert_close(torch.cat(parts, dim=2), by_span(query, key, value, layout, rule))
+    torch.testing.assert_close(torch.cat(parts, dim=2), by_path(query, key, value, tree, rule))
 
 
 def test_a_variant_runs_or_says_why_not() -> None:
     assert {name for name in VARIANTS if why_not(name, "cuda", torch.bfloat16) is None} == set(VARIANTS) - {"cascade"}
     assert why_not("varlen", "cuda", torch.float32) == "varlen_attn takes float16 and bfloat16 only"
-    assert why_not("by_span", "cpu", torch.float32) is None
+    assert why_not("by_path", "cpu", torch.float32) is None
 
 
 TINY_CASE = Case(12, 8, groups=2, group_size=4, rows=4, flat=1, vocabulary=300, hidden=64, layers=1)
@@ -145,10 +145,11 @@ def test_sides_take_the_same_step_on_the_completions_that_they_are_given(tmp_pat
     """The packed side forwards every prompt with signal once; the padded one fills rows up, without signal too."""
     result = measure(TINY_CASE, ("padded", "grpo_hf"), repeats=1)
     assert result["padded"]["cosine"] == pytest.approx(1, abs=1e-6)
-    groups = groups_of(make_data(TINY_CASE))
-    assert result["grpo_hf"]["tokens_forwarded"] == tokens.needed(TINY_CASE) == num_tokens(groups[1])
-    padded = pad(groups, tokens_per_microbatch=4 * 20)
-    assert result["padded"]["tokens_forwarded"] == sum(batch.num_tokens for batch in padded)
+    data = make_data(TINY_CASE)
+    signal = [made.ids for made in data.completions[1]]
+    assert result["grpo_hf"]["tokens_forwarded"] == tokens.needed(TINY_CASE) == 12 + sum(len(ids) - 1 for ids in signal)
+    lengths = sorted(12 + len(made.ids) - 1 for group in data.completions for made in group)
+    assert result["padded"]["tokens_forwarded"] == 4 * lengths[-1] + 4 * lengths[3]
     for side in ("padded", "grpo_hf"):
         assert result[side]["wall_s"] > 0
         assert result[side]["peak_mib"] > 100

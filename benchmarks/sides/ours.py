@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.cases import Case, Data, Transcript, text_of
 from benchmarks.sides.clock import Clock
 from benchmarks.sides.trainers import arguments_of, settings_of
 from grpo_hf.packing.layout import pack
-from grpo_hf.types import Completion, Group, Prompt
+from grpo_hf.rollout.planning import numbered_samples
+from grpo_hf.types import Completion, Group, Prompt, TrainingSample
 
 
 class Replay:
@@ -19,7 +21,7 @@ class Replay:
         self.completions = {tuple(ids): made for ids, made in zip(data.prompts, data.completions, strict=True)}
         self.clock = clock
 
-    def sync_weights(self, *version: int) -> None:
+    def sync_weights(self, version: int) -> None:
         """Nothing to do."""
 
     def abort(self) -> None:
@@ -36,8 +38,7 @@ class Replay:
 
 def completion_of(made: Transcript) -> Completion:
     """As an engine gives it; what tools answered is marked where there is any."""
-    marks = {} if all(made.is_sampled) else {"is_sampled": made.is_sampled}
-    return Completion(made.ids, truncated=True, **marks)
+    return Completion(made.ids, truncated=True, is_sampled=None if all(made.is_sampled) else made.is_sampled)
 
 
 def train(case: Case, model: str, folder: str, data: Data, clock: Clock, layout: str = "packed", **more: Any) -> None:
@@ -54,7 +55,7 @@ def train(case: Case, model: str, folder: str, data: Data, clock: Clock, layout:
     }
     trainer = GRPOTrainer(args=GRPOConfig(**settings), **arguments_of(case, model, data, clock))
     if case.injected:
-        trainer.sampler.engine = Replay(data, clock)
+        trainer.stream.sampler.engine = Replay(data, clock)
     else:
         trainer.stream.make = clock.waits_before(trainer.stream.make)
     clock.watch(trainer.model)
@@ -71,15 +72,16 @@ def train_with_vllm(*args: Any) -> None:
     train(*args, use_vllm=True)
 
 
-def groups_of(data: Data) -> list[Group]:
-    """The data as groups, without rewards."""
-    return [
-        Group(Prompt(ids, "", {}, number), [completion_of(transcript) for transcript in made])
+def samples_of(case: Case, data: Data) -> list[TrainingSample]:
+    """What is trained on of the rollout's first update: all completions but those without signal."""
+    groups = [
+        Group(Prompt(ids, "", {}, number), [replace(completion_of(transcript), advantage=1.0) for transcript in made])
         for number, (ids, made) in enumerate(zip(data.prompts, data.completions, strict=True))
+        if number < case.groups and text_of(ids) not in data.flat
     ]
+    return numbered_samples(groups, version=0)
 
 
 def num_tokens(case: Case, data: Data) -> int:
-    """Without groups that have no signal, each token of a packed row once."""
-    groups = [group for group in groups_of(data)[: case.groups] if text_of(group.prompt.ids) not in data.flat]
-    return sum(batch.num_tokens for batch in pack(groups, tokens_per_microbatch=case.tokens))
+    """Token trees of the case's budget."""
+    return sum(batch.num_tokens for batch in pack(samples_of(case, data), tokens_per_microbatch=case.tokens))
