@@ -7,11 +7,10 @@ from fractions import Fraction
 
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
+from reward_fns.marks import MARKER, last_boxed, last_tagged, scoped, without_emphasis
 
-MARKER = "####"
 _MAX_DIGITS = 100  # a longer number is no answer; parsing it would only cost time
 
-_BOX = re.compile(r"\\boxed\s*\{")
 _PLAIN = [
     (re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}"), r"\1/\2"),
     (re.compile(r"\{,\}|,?\\[,!](?=[0-9])"), ","),
@@ -78,24 +77,6 @@ def completion_number(completion: str) -> Fraction | None:
     if number is None and (box := last_boxed(completion)) is not None:
         number = parse_number(box)
     return number
-
-
-def last_boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{}`, braces balanced; None if there is none or it does not end.
-
-    >>> last_boxed("\\\\boxed{1}, then \\\\boxed{\\\\text{about }{2}}!")
-    '\\\\text{about }{2}'
-    """
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return None
-    start = boxes[-1].end()
-    depth = 1
-    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return text[start : start + brace.start()]
-    return None
 
 
 def parse_number(text: str) -> Fraction | None:

@@ -7,8 +7,7 @@ from typing import Any
 
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.format import last_tagged
-from reward_fns.gsm8k import last_boxed
+from reward_fns.marks import last_boxed, last_tagged, scoped
 
 _MARKUP = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed)\b|[*_`$\\{}\[\]\"]")
 _ALONE = re.compile(r"\s*\(?([A-Za-z])\)?[.:)]?\s*")

@@ -18,7 +18,7 @@ from math_verify import grader
 
 from grpo_hf.rewards import get_reward
 from grpo_hf.rewards.outcomes import BadGoldError, NoAnswer
-from reward_fns import math_sympy
+from reward_fns.math import sympy as math_sympy
 from reward_fns.gsm8k import gold_number, gsm8k
 from reward_fns.math import math, parse_gold
 
@@ -34,7 +34,7 @@ KNOWN_MISSES = {
 }
 
 
-@pytest.mark.parametrize("name", ["math", "math_find", "math_forms", "math_sympy", "math_text", "math_units"])
+@pytest.mark.parametrize("name", ["math", "math.find", "math.forms", "math.sympy", "math.text", "math.units"])
 def test_the_docstring_examples(name):
     results = doctest.testmod(importlib.import_module(f"reward_fns.{name}"))
     assert results.attempted > 0 and results.failed == 0

@@ -18,7 +18,8 @@ from grpo_hf.rewards import get_reward
 from grpo_hf.rewards.loading import load_function
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, NoAnswer
 from reward_fns.countdown import countdown
-from reward_fns.format import format, last_tagged
+from reward_fns.format import format
+from reward_fns.marks import last_tagged
 from reward_fns.json_schema import json_schema
 from reward_fns.length import cosine_length, soft_overlong
 from reward_fns.multiple_choice import gold_choice, multiple_choice

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+
+from reward_fns.marks import without_emphasis
 
 MAX_DEPTH = 12
 MAX_DIGITS = 1000
@@ -14,7 +16,15 @@ class UnreadableError(ValueError):
     """The text is no answer that can be read; it says why."""
 
 
+class ProseError(UnreadableError):
+    """The text is a sentence."""
+
+
 _FUNCTIONS = "arcsin|arccos|arctan|arccot|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|gcd|lcm"
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+_SMALL = {word: str(value) for value, word in enumerate(f"{_ONES} eighteen nineteen".split())}
+_TENS = {word: str(value) for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_WORD = "|".join([*_SMALL, *_TENS, "hundred"])
 _GREEK = "alpha|beta|gamma|delta|theta|lambda|mu|sigma|phi|omega|pi|infty"
 _UNICODE = str.maketrans(
     {
@@ -27,25 +37,48 @@ _UNICODE = str.maketrans(
         **{"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
     }
 )
-_REWRITES = [
+_ARGUMENT = r"\s*(\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}|\\sqrt\s*(?:\{[^{}]*\}|\w)|\\[A-Za-z]+|[A-Za-z0-9])"
+_FRACTION = re.compile(rf"\\[dtc]?frac{_ARGUMENT}{_ARGUMENT}")
+_Rewrite = str | Callable[[re.Match[str]], str]
+
+
+def _braced(fraction: re.Match[str]) -> str:
+    """A fraction, and those in it, with braces around both of its arguments."""
+    above, below = (_FRACTION.sub(_braced, text[1:-1] if text[0] == "{" else text) for text in fraction.groups())
+    return rf"\frac{{{above}}}{{{below}}}"
+
+
+def _digits(words: re.Match[str]) -> str:
+    """A number below 100 in words, in digits."""
+    ten, one = _TENS.get((words["ten"] or "").casefold(), ""), _SMALL[(words["one"] or "zero").casefold()]
+    return ten + one if len(one) == 1 or not ten else words.group()
+
+
+_REWRITES: list[tuple[re.Pattern[str], _Rewrite]] = [
     (re.compile(pattern), new)
     for pattern, new in (
         # what only spaces or sizes
         (r"\\left\s*\.|\\right\s*\.", ""),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])", ""),
-        (r"(?<=\d)(?:\{,\}|,?\\[,!]|,\\ )\s*(?=\d{3}(?!\d))", ""),
+        (r"(?<=\d)\s*(?:\{\s*,\s*\}|,?\s*\\[,!]|,\\ )\s*(?=\d{3}(?!\d))", ""),
+        (r"\\hspace\*?\s*\{[^{}]*\}|\\\\\s*$|\(?\\[pb]?mod(?![A-Za-z])\s*(?:\{[^{}]*\}|\d+)\)?", " "),
         (r"(?<!\\)\\[,;:!> ]|\\q?quad(?![A-Za-z])", " "),
         # fonts and words
         (r"\\(?:mathrm|text|operatorname)\s*\{\s*([ei])\s*\}", r"\1"),
         (r"\\(?:mathbf|boldsymbol|bm|mathit|vec)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
         (rf"\\(?:mathrm|operatorname\*?|text)\s*\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
         (r"\\(?:text[a-z]{2,}|mbox|hbox|mathrm|mathbf|mathit|mathsf|operatorname\*?)\s*\{", r"\\text{"),
-        (r",?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z]))\s*", ", "),
+        (r"(?<![A-Za-z])(?:negative|minus)\s+(?=[\d.\\$(])", "-"),
+        (r"(?<=\d)(?:st|nd|rd|th)(?![A-Za-z])", ""),
         *(
             (rf"(?<=\d)\s*(\\text\s*\{{)?\s*{word}(?![A-Za-z])", rf" \\times 10^{{{power}}} \1")
-            for word, power in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
+            for word, power in (("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
         ),
         (r"\\text\s*\{\s*\}", ""),
+        (r"^\\text\s*\{([^{}]*)\}$", r"\1"),
+        (rf"^(?i:(?P<ten>{'|'.join(_TENS)})?[ -]?(?P<one>{'|'.join(_SMALL)})?(?<=\w)(?![\w-])(?!.*\b(?:{_WORD})\b))", _digits),
+        (r"^(?:\\(?:approx|sim(?:eq)?)|(?:approximately|about|roughly|around|nearly|exactly))(?![A-Za-z])\s*", ""),
+        (r"(?<=[A-Za-z])\s*\\equiv(?![A-Za-z])", " ="),
         # signs
         (r"\\lbrace(?![A-Za-z])", r"\\{"),
         (r"\\rbrace(?![A-Za-z])", r"\\}"),
@@ -61,17 +94,11 @@ _REWRITES = [
         (r"(?<![\\A-Za-z])infinity(?![A-Za-z])", r"\\infty "),
         (rf"(?<![\\A-Za-z])({_GREEK}|{_FUNCTIONS})(?![A-Za-z])", r"\\\1 "),
         # short forms
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\sqrt\s*([A-Za-z0-9])", r"\\sqrt{\1}"),
+        (_FRACTION.pattern, _braced),
+        (r"(?<![\w.}^)/])(\d+)/(\d+)\s+(?=[A-Za-z(\\])", r"\\frac{\1}{\2} "),
         (r"\^\s*\(([^()]*)\)", r"^{\1}"),
-        (r"\\frac\s*([A-Za-z0-9])\s*([A-Za-z0-9])", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*([A-Za-z0-9])\s*\{", r"\\frac{\1}{"),
-        (r"(\\frac\s*\{[^{}]*\})\s*([A-Za-z0-9])", r"\1{\2}"),
-        (r"^\]([^\[\]]*)\[$", r"(\1)"),
-        (r"^\]([^\[\]]*\])$", r"(\1"),
-        (r"^(\[[^\[\]]*)\[$", r"\1)"),
-        (r"^\{([^{}]*,[^{}]*|\s*[A-Za-z]\s*[|:][^{}]*)\}$", r"\\{\1\\}"),
         (r"^\]([^\[\]]*)\[$", r"(\1)"),
         (r"^\]([^\[\]]*\])$", r"(\1"),
         (r"^(\[[^\[\]]*)\[$", r"\1)"),
@@ -80,9 +107,12 @@ _REWRITES = [
     )
 ]
 _DELIMITERS = re.compile(
-    r"\$\$?(?P<dollars>[^$]+)\$\$?|\\\((?P<round>.+)\\\)|\\\[(?P<square>.+)\\\]|\*\*(?P<bold>.+)\*\*", re.DOTALL
+    r"\$\$?(?P<dollars>(?:[^$\\]|\\.)+)\$\$?|\\\((?P<round>.+)\\\)|\\\[(?P<square>.+)\\\]|[\"'“‘](?P<quoted>.+)[\"'”’]",
+    re.DOTALL,
 )
-_INLINE = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$")
+_INLINE = re.compile(r"(?<!\\)\$((?:[^$\\]|\\.)+)\$", re.DOTALL)
+_JOINER = re.compile(r"(,?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*)")
+_VALUE = re.compile(r"\d|\\(?!text)[A-Za-z]|^\W*[A-Za-z]\W*$|=")
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[A-Za-z,!({\[])")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 OPENING = {"(": "(", "[": "[", r"\{": "{", r"\langle": "<", r"\lbrack": "[", "{": ""}
@@ -108,18 +138,29 @@ def plain(text: str) -> str:
     """
     if re.search(r"\\[lcv]?dots|\.\.\.|…", text):
         raise UnreadableError("dots leave something out")
-    text = _INLINE.sub(r"\1", strip(text.translate(_UNICODE)))
+    text = _INLINE.sub(r"\1", strip(without_emphasis(text).translate(_UNICODE)))
     if r"\begin" not in text:
         text = _ESCAPED_TWICE.sub(r"\\", text)
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
+    text = _listed(text)
     if any(depth > MAX_DEPTH for _, _, depth in _tokens(text)):
         raise UnreadableError(f"nested deeper than {MAX_DEPTH}")
     return strip(text)
 
 
+def _listed(text: str) -> str:
+    """Commas instead of `and` and `or`, but only between values, or where nothing is one: not in "5 cats and dogs"."""
+    pieces = _JOINER.split(text)
+    values = [_VALUE.search(piece) is not None for piece in pieces[::2]]
+    joins = [(value and any(values[: place + 1])) or not any(values) for place, value in enumerate(values[1:])]
+    return "".join([pieces[0], *(
+        (", " if join else gap) + piece for gap, piece, join in zip(pieces[1::2], pieces[2::2], joins, strict=True)
+    )])
+
+
 def strip(text: str) -> str:
-    """Without white space, final punctuation and math or bold delimiters around it."""
+    """Without white space, final punctuation and quotes or math delimiters around it."""
     stripped = text.strip().rstrip(".,;: \n").lstrip(":,; \n")
     if match := _DELIMITERS.fullmatch(stripped):
         stripped = next(filter(None, match.groups()))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from cmath import isfinite
+from dataclasses import replace
 from fractions import Fraction
 from numbers import Real
 
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.math_find import find_answer
-from reward_fns.math_forms import Form, read, right_side
-from reward_fns.math_sympy import check, equal
-from reward_fns.math_text import UnreadableError
-from reward_fns.math_units import NONE, PERCENT, Unit
+from reward_fns.marks import scoped
+from reward_fns.math.find import find_answer, value_in
+from reward_fns.math.forms import Form, is_choice, read, right_side, with_unit
+from reward_fns.math.sympy import check, equal
+from reward_fns.math.text import ProseError, UnreadableError
+from reward_fns.math.units import NONE, PERCENT, Unit
 
 _MODES = ("lenient", "strict")
+_PERCENTS = ("loose", "exact")
 _RELATION = re.compile(r"[<>]|\\(?:leq|geq|neq)")
 _TIME = re.compile(r"\d{1,2}:\d\d")
 _INTERVALS = {"()", "(]", "[)", "[]"}
@@ -46,7 +49,8 @@ def parse_gold(answer: str | int | float) -> Form:
 
 @register_reward
 @parses_gold(parse_gold)
-def math(completion: str, answer: Form, *, mode: str = "lenient") -> float:
+@scoped
+def math(completion: str, answer: Form, *, mode: str = "lenient", percent: str = "loose") -> float:
     """1.0 if the answer that a completion gives equals the dataset's, else 0.0; no answer if it gives none to read.
 
     `answer` is a bare answer (LaTeX, plain text, a number) or a worked solution that marks it. Marked is what the last of
@@ -83,17 +87,43 @@ def math(completion: str, answer: Form, *, mode: str = "lenient") -> float:
     """
     if mode not in _MODES:
         raise ValueError(f"math has no mode {mode!r}; its modes are: {', '.join(_MODES)}")
+    if percent not in _PERCENTS:
+        raise ValueError(f"math cannot take percent={percent!r}; it is one of: {', '.join(_PERCENTS)}")
     strict = mode == "strict"
     text = find_answer(completion, strict=strict)
     if text is None:
         return NO_ANSWER
     try:
-        form = read(text)
-        if answer.parts and not form.parts:
-            form = read(text, thousands=False)
-        return float(same(answer, form, strict=strict))
+        form = _read(text, answer, strict=strict)
+        pairs = [(answer, form)]
+        if percent == "loose" and not strict:
+            pairs.append((_without_percent(answer), _without_percent(form)))
+        return float(any(same(gold, given, strict=strict) for gold, given in dict.fromkeys(pairs)))
     except UnreadableError:
         return NO_ANSWER
+
+
+def _read(text: str, gold: Form, *, strict: bool) -> Form:
+    """A completion's answer, as its kind of gold answer asks for: 1,200 as two elements, of a sentence its value.
+
+    Raises:
+        UnreadableError: it cannot be read, or is a sentence without a value.
+    """
+    try:
+        form = read(text)
+    except ProseError:
+        form = None
+    if not strict and not gold.words and (form is None or re.search("[0-9]", form.words)):
+        form = read(value_in(text) or "")
+    if form is None or (gold.parts and not form.parts):
+        form = read(text, thousands=False)
+    return form
+
+
+def _without_percent(form: Form) -> Form:
+    """The same without percent signs."""
+    parts = tuple(map(_without_percent, form.parts))
+    return replace(form, unit=NONE if form.unit == PERCENT else form.unit, parts=parts)
 
 
 def same(gold: Form, form: Form, *, strict: bool) -> bool:
@@ -102,6 +132,10 @@ def same(gold: Form, form: Form, *, strict: bool) -> bool:
     Raises:
         UnreadableError: an expression in the second cannot be parsed, or is too big.
     """
+    if gold.label or form.label:
+        letters = [one.label or (one.latex if is_choice(one) else "") for one in (gold, form)]
+        if all(letters):
+            return letters[0] == letters[1]
     if _is_equation(form) and not _is_equation(gold) and not gold.name:
         form = right_side(form)
     if (gold.name != form.name and gold.name and form.name) or _is_equation(gold) or _is_equation(form):
@@ -138,8 +172,10 @@ def _same_parts(gold: Form, form: Form, *, strict: bool) -> bool:
 
 
 def _same_as_parts(gold: Form, form: Form, *, strict: bool) -> bool:
-    """Several elements and one expression: a set's only element, an interval's inequality, a union, a sum of matrices."""
+    """Several elements and one expression: one value said twice, a set's only element, an interval's inequality, a union."""
     whole, single = (gold, form) if gold.parts else (form, gold)
+    if whole is form and whole.brackets == ",":
+        return all(same(gold, part, strict=strict) for part in form.parts)
     if whole.brackets == "{}" and len(whole.parts) == 1 and not strict:
         only = whole.parts[0]
         return same(only, form, strict=False) if whole is gold else same(gold, only, strict=False)
@@ -153,6 +189,8 @@ def _same_as_parts(gold: Form, form: Form, *, strict: bool) -> bool:
 
 def _same_single(gold: Form, form: Form, *, strict: bool) -> bool:
     """Two numbers or expressions, with their units."""
+    if gold.value is not None and form.value is None and not strict:
+        form = with_unit(form)
     scales = _scales(gold.unit, form.unit, strict=strict)
     if scales is None:
         return False
