@@ -46,6 +46,7 @@ def checked_numbers(numbers: Any) -> list[int]:
 
 @register_reward
 @parses_gold(checked_numbers)
+@scoped
 def countdown(completion: str, numbers: list[int], target: int, *, use_all: bool = True) -> float:
     """1.0 if the completion's expression uses each of `numbers` exactly once and equals `target` exactly, else 0.0.
 

@@ -73,6 +73,7 @@ def checked_entry(entry: Any) -> dict[str, Any]:
 
 @register_reward
 @parses_gold(checked_entry)
+@scoped
 def reasoning_gym(completion: str, entry: dict[str, Any]) -> float:
     """The task's own score, 0..1, of the answer in the last `<answer>` tags, or of the whole completion without them.
 

@@ -12,6 +12,7 @@ from reward_fns.math.text import UnreadableError
 MAX_COMPLETION = 20_000
 _SHORT = 100
 _FEW_WORDS = 3
+_ENDING = 200
 
 _BETWEEN_BOXES = re.compile(r"\\q?quad|\\text|\\[()\[\],;! ]|[\s${}]")
 _JOINED = re.compile(r"(?P<join>[,;]?(?:and|or)?)(?:[A-Za-z]\w*=)?")
@@ -30,7 +31,8 @@ _SPAN = (
 )
 _SPANS = re.compile(rf"{_SPAN}(?:\s*(?:,|,?\s*(?:and|or))\s*{_SPAN.replace('P<matrix>', ':')})*(?:{_PERCENT})?", re.DOTALL)
 _SENTENCE = re.compile(
-    r".*?(?=[.;?!]+(?:\s|$)|[。，]|,\s+(?!and\b|or\b)[a-z]{2}|\s(?:because|since|when|where|if|as|so|which|while)\b|$)", re.MULTILINE
+    r".*?(?=[.;?!]+(?:\s|$)|[。，]|,\s+(?!and\b|or\b)[a-z]{2}|\s(?:because|since|when|where|if|as|so|which|while)\b|$)",
+    re.MULTILINE,
 )
 _END = re.compile(r"[.;?!]\s|[。\n]|,\s+(?!and\b|or\b)(?=[a-z]{2})")
 _NUMBER = r"(?:\d+ \d+/\d+|\d(?:[\d,]*\d)?(?:\.\d+)?|\.\d+|\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|\\sqrt\s*\{[^{}]*\})"
@@ -40,9 +42,18 @@ _EXPRESSION = re.compile(
     rf"|(?<![A-Za-z0-9_.^])(?:[-+−]|(?:minus|negative)\s)?{_TERM}(?:(?:\s?[-+*/^×·÷:]\s?-?|,? or ){_TERM})*"
     r"(?:\s?\\?[%$€£¥₹]|[ ]?[^\W\d_]+(?:\^?[²³23])?(?:[ ][^\W\d_]+)*)?"
 )
+_ASIDE = re.compile(
+    r"\b(?:to|for|from|by|in|ici|after|before|with|among|every|each|within|during|until)\s+"
+    r"(?:(?:selling|buying|his|her|their|its|my|our|your|the|all|these|those|other)\s+){0,2}$",
+    re.IGNORECASE,
+)
+_NO_IDEA = re.compile(
+    r"\bI (?:do not|don['’]t|can ?not|can['’]t) (?:know|tell|say|solve|answer|determine)\b[^.?!\n]{0,40}[.?!]", re.IGNORECASE
+)
 _HEDGED = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b.*\d", re.IGNORECASE | re.DOTALL)
 _NOT_THIS = re.compile(
-    r"(?:\b(?:not?|never|neither|nor|least|most|up to|(?:more|less|fewer|greater|other) than|over|under|between)|n't)\W*(?:\s(?:be|a|the))?\W*$",
+    r"(?:\b(?:not?|never|neither|nor|least|most|up to|(?:more|less|fewer|greater|other) than|over|under|between)|n['’]t)\W*"
+    r"(?:\s(?:be|a|the))?\W*$",
     re.IGNORECASE,
 )
 
@@ -135,14 +146,17 @@ def _last_value(text: str) -> str | None:
     if len(short) <= _SHORT and "\n" not in short and _is_answer(_form(short)):
         return short
     values = list(_values(text))
-    return _result(text, values)[2] if values else None
+    return _result(text, values)[2] if values and not _NO_IDEA.search(text[-_ENDING:]) else None
 
 
 def _result(text: str, values: list[tuple[int, int, str]]) -> tuple[int, int, str]:
     """Of the values in the last sentence with one, what stands after its last `=`, or else the last."""
     begin = max((match.end() for match in _END.finditer(text, 0, values[-1][0])), default=0)
     equals = text.rfind("=", begin, values[-1][0])
-    return next(value for value in values if value[1] > max(begin, equals)) if equals >= 0 else values[-1]
+    if equals >= 0:
+        return next(value for value in values if value[1] > equals)
+    said = [value for value in values if value[0] >= begin and not _ASIDE.search(text[begin : value[0]])]
+    return (said or values)[-1]
 
 
 def _values(text: str) -> Iterator[tuple[int, int, str]]:

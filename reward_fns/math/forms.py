@@ -54,9 +54,12 @@ _TEXT_UNIT = re.compile(
     r"(?P<value>.*?[^\s\\{(])\s*(?P<unit>\\text\s*\{[^{}]*\}(?:[\s\w/^%{}]|\\text\s*\{[^{}]*\})*|\\?[%$])", re.DOTALL
 )
 _WORD_UNIT = re.compile(
-    r"(?P<value>.*?(?:[\d})\]!]|\\[A-Za-z]+))(?P<unit>\s*(?<![\\A-Za-z])(?:[^\W\d_]|[¢€£¥₹])(?:[^\d^\\=<>$]|\^\s*\{?\d\}?)*)", re.DOTALL
+    r"(?P<value>.*?(?:[\d})\]!]|\\[A-Za-z]+))(?P<unit>\s*(?<![\\A-Za-z])(?:[^\W\d_]|[¢€£¥₹])(?:[^\d^\\=<>$]|\^\s*\{?\d\}?)*)",
+    re.DOTALL,
 )
-_LABEL = re.compile(r"(?:\\text\s*\{\s*)?(?:\((?P<held>[A-J])\)|(?P<bare>[A-J])[.)])\s*(?:\}\s*|(?<=\s))(?P<rest>.+)", re.DOTALL)
+_LABEL = re.compile(
+    r"(?:\\text\s*\{\s*)?(?:\((?P<held>[A-J])\)|(?P<bare>[A-J])[.)])\s*(?:\}\s*|(?<=\s))(?P<rest>.+)", re.DOTALL
+)
 _HEDGE = re.compile(r"\s*(?:or|not|but)(?![A-Za-z])")
 _GLUED = re.compile(r"(?P<value>-?[\d.]+)(?P<unit>[A-Za-z]+(?:\^\{?\d\}?)?)")
 _SHORT_WORDS = {"a", "an", "as", "at", "by", "if", "in", "is", "of", "on", "so", "to"}
@@ -64,9 +67,7 @@ _BASED = re.compile(r"(?P<value>[0-9A-F]+)_(?:\{(?P<base>\d+)\}|(?P<base_>\d))")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _COMMAND = re.compile(r"\\(?:begin|end)\{[a-z]+\}|\\(?!text)[A-Za-z]+")
 _WORDS = re.compile(r"[A-Za-z0-9][A-Za-z0-9' .:\-]*")
-_PROSE = re.compile(
-    r"[A-Za-z]{4}|(?<![A-Za-z])[A-Za-z]{2,}\s+(?:[A-Za-z]{2,}|[-$]?\d)|[\u0400-\u1fff\u3040-\ud7ff]|\\text"
-)
+_PROSE = re.compile(r"[A-Za-z]{4}|(?<![A-Za-z])[A-Za-z]{2,}\s+(?:[A-Za-z]{2,}|[-$]?\d)|[\u0400-\u1fff\u3040-\ud7ff]|\\text")
 
 
 def read(text: str, *, thousands: bool = True) -> Form:
@@ -145,7 +146,7 @@ def _elements(text: str) -> list[str]:
 
 
 def _last_side(text: str) -> str:
-    """What stands after the last `=`; a number at the beginning may differ from it by rounding only, else two are offered."""
+    """What stands after the last `=`; a number at the beginning may differ from it by rounding only, or two are offered."""
     sides = [strip(side) for side in split(text, "=")]
     first, last = parse_number(sides[0]), parse_number(sides[-1])
     if first is not None and last is not None and abs(first - last) > abs(last) / 100:
@@ -179,6 +180,7 @@ def _sequence(text: str, name: str, brackets: str, parts: list[str]) -> Form:
 
 def _single(text: str, name: str) -> Form:
     """A number, a word or an expression, with its unit."""
+    whole = text
     text, unit = _take_unit(text)
     value = parse_number(text)
     if value is not None:
@@ -188,7 +190,7 @@ def _single(text: str, name: str) -> Form:
         return Form(match[1], name, unit=unit)
     prose = _PROSE.search(_COMMAND.sub(" ", text)) or bare.casefold() in ("yes", "no")
     if not prose:
-        return Form(text, name, unit=unit)
+        return Form(text, name, unit=unit) if "=" not in text else Form(whole, name)  # whose last side keeps its unit
     if not _WORDS.fullmatch(bare) or len(bare.split()) > MAX_WORDS:
         raise ProseError("prose")
     return Form(bare, name, words=" ".join(bare.casefold().split()), unit=unit)

@@ -76,7 +76,10 @@ _REWRITES: list[tuple[re.Pattern[str], _Rewrite]] = [
         ),
         (r"\\text\s*\{\s*\}", ""),
         (r"^\\text\s*\{([^{}]*)\}$", r"\1"),
-        (rf"^(?i:(?P<ten>{'|'.join(_TENS)})?[ -]?(?P<one>{'|'.join(_SMALL)})?(?<=\w)(?![\w-])(?!.*\b(?:{_WORD})\b))", _digits),
+        (
+            rf"^(?i:(?P<ten>{'|'.join(_TENS)})?[ -]?(?P<one>{'|'.join(_SMALL)})?(?<=\w)(?![\w-])(?!.*\b(?:{_WORD})\b))",
+            _digits,
+        ),
         (r"^(?:\\(?:approx|sim(?:eq)?)|(?:approximately|about|roughly|around|nearly|exactly))(?![A-Za-z])\s*", ""),
         (r"(?<=[A-Za-z])\s*\\equiv(?![A-Za-z])", " ="),
         # signs
@@ -154,9 +157,12 @@ def _listed(text: str) -> str:
     pieces = _JOINER.split(text)
     values = [_VALUE.search(piece) is not None for piece in pieces[::2]]
     joins = [(value and any(values[: place + 1])) or not any(values) for place, value in enumerate(values[1:])]
-    return "".join([pieces[0], *(
-        (", " if join else gap) + piece for gap, piece, join in zip(pieces[1::2], pieces[2::2], joins, strict=True)
-    )])
+    return "".join(
+        [
+            pieces[0],
+            *((", " if join else gap) + piece for gap, piece, join in zip(pieces[1::2], pieces[2::2], joins, strict=True)),
+        ]
+    )
 
 
 def strip(text: str) -> str:
