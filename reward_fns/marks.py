@@ -16,7 +16,11 @@ BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|(?P<bare>[-+]?[\d.,]*\d|
 _EMPHASIS = re.compile(
     r"(?<![A-Za-z0-9)\]}*_`\\])(?P<mark>\*{1,3}|__|`{1,3})(?=[^\s*])(?P<text>.{1,300}?)(?<=[^\s*\\])(?P=mark)(?![A-Za-z0-9*])"
 )
-_HTML = re.compile(r"</?(?:b|i|u|em|strong)>")
+_NOISE = re.compile(
+    r"</?(?:b|i|u|em|strong|s)>|<\|[^|<>\n]{1,30}\|>|^[ \t]*```\w*[ \t]*$|[\u2600-\u27bf\ufe0f\U0001f300-\U0001faff]",
+    re.MULTILINE,
+)
+_JOINED_BOXES = re.compile(r"\}[\s$]*(?:,|/|or|and)[\s$]*$")
 
 
 def scoped(judge: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,13 +76,15 @@ def last_tagged(text: str, tag: str = "answer") -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{}`, braces balanced; None if there is none or it does not end.
+    """The content of the last `\\boxed{}`, braces balanced; None if there is none, it does not end, or it is one of several.
+
+    Several are joined by a comma, `or` or `and`.
 
     >>> last_boxed("\\\\boxed{1}, then \\\\boxed{\\\\text{about }{2}}!"), last_boxed("\\\\boxed 7.")
     ('\\\\text{about }{2}', '7')
     """
     boxes = list(BOX.finditer(text))
-    if not boxes:
+    if not boxes or _JOINED_BOXES.search(text, 0, boxes[-1].start()):
         return None
     if boxes[-1]["bare"]:
         return boxes[-1]["bare"]
@@ -90,10 +96,10 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def without_emphasis(text: str) -> str:
-    """The text without the signs of bold, italic and code; stars that multiply or raise to a power stay.
+def without_markup(text: str) -> str:
+    """The text without the signs of bold, italic and code, emoji and special tokens; stars that multiply stay.
 
-    >>> without_emphasis("**Answer: 20**, *not* `2 * 3 * 4`, 2**3 or **x**2 + 1**.")
+    >>> without_markup("**Answer: 20**, *not* `2 * 3 * 4`, 2**3 or **x**2 + 1**.")
     'Answer: 20, not 2 * 3 * 4, 2**3 or x**2 + 1.'
     """
-    return _HTML.sub("", _EMPHASIS.sub(r"\g<text>", text))
+    return _EMPHASIS.sub(r"\g<text>", _NOISE.sub("", text))

@@ -7,7 +7,7 @@ from typing import Any
 
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.marks import last_boxed, last_tagged, scoped
+from reward_fns.marks import last_boxed, last_tagged, scoped, without_markup
 
 _MAX_COMPLETION = 20_000
 _MAX_SENTENCE = 300
@@ -20,11 +20,10 @@ _MARKER = re.compile(
     re.IGNORECASE,
 )
 _ANOTHER = re.compile(
-    r"[.:)]? ?(?:(?:[,/&;|+]|\(?\b(?:and/or|or|and)\b) ?(?:option )?(?![AI] [a-z])(?:\([A-Za-z]\)|[A-Z](?![\w'’]))"
+    r"[.:)?]? ?(?:(?:[,/&;|+]|\(?\b(?:and/or|[Oo]r|and)\b) ?(?:option )?(?![AI] [a-z])(?:\([A-Za-z]\)|[A-Z](?![\w'’]))"
     r"|\([A-Za-z]\))"
 )
 _FIRST = re.compile(r"(?:^|\n|[.;!?] )\(?(?P<letter>[A-Z])(?:\)|[.:,。]|(?=\n|$))")
-_JOINED_BOXES = re.compile(r"\}[\s$]*(?:,|/|or|and)[\s$]*$")
 _CLAUSE = re.compile(r"[.,;!?。，；]|\bbut\b")
 _REASON = re.compile(r"\b(?:since|because|as|given|due to|while|whereas)\b[^.!?;]*", re.IGNORECASE)
 _NOT = re.compile(
@@ -84,12 +83,10 @@ def chosen(completion: str, choices: str) -> str | None:
     >>> [chosen(text, "ABCD") for text in ("Answer: b.", "So I take C", "It is B, not C", "B or C", "A dog")]
     ['B', 'C', 'B', None, None]
     """
-    completion = completion[-_MAX_COMPLETION:]
+    completion = without_markup(completion[-_MAX_COMPLETION:])
     tagged = last_tagged(completion)
     text = completion if tagged is None else tagged
     box = last_boxed(text)
-    if box is not None and _JOINED_BOXES.search(text[: text.rfind("\\boxed")]):
-        return None
     text = _plain(text if box is None else box)
     if alone := _ALONE.fullmatch(text):
         return alone[1].upper()

@@ -19,9 +19,9 @@ from grpo_hf.rewards.loading import load_function
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, NoAnswer
 from reward_fns.countdown import countdown
 from reward_fns.format import format
-from reward_fns.marks import last_tagged
 from reward_fns.json_schema import json_schema
 from reward_fns.length import cosine_length, soft_overlong
+from reward_fns.marks import last_tagged
 from reward_fns.multiple_choice import gold_choice, multiple_choice
 from reward_fns.regex import regex
 from reward_fns.repetition import repetition
@@ -95,7 +95,7 @@ def test_last_tagged():
         ("The answer is C and not B", 1.0),
         ("The answer is (C) or (D)", N),
         ("Answer: B, C", N),
-        ("The answer is not C", 1.0),
+        ("The answer is not C", N),
         ("The answer is a matter of taste", N),
         ("The answer is A dog", N),
         ("The answer is A because", 0.0),
@@ -106,8 +106,16 @@ def test_last_tagged():
         ("c)", 1.0),
         ("Some thoughts on B.\nI choose C", 1.0),
         ("It is C, not the others", 1.0),
-        ("It is C, not B", N),
+        ("It is C, not B", 1.0),
         ("C or D", N),
+        ("The answer is B or C", N),
+        ("Answer: C; D", N),
+        ("The answer is C (or D)", N),
+        (r"\boxed{B} or \boxed{C}", N),
+        ("Not C", N),
+        ("C\n\nExplanation: A is too big and B is too small.", 1.0),
+        ("Answer: C\nOnly B and D are left out.", 1.0),
+        (r"<think>\boxed{C}</think> I choose B", 0.0),
         ("A dog is in D.C. now", N),
         ("Type-C cables", N),
         ("I don't know", N),

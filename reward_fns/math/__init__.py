@@ -55,35 +55,42 @@ def math(completion: str, answer: Form, *, mode: str = "lenient", percent: str =
 
     `answer` is a bare answer (LaTeX, plain text, a number) or a worked solution that marks it. Marked is what the last of
     these holds: `\\boxed{}` (several joined by a comma, `and` or `or` are one answer), `<answer>`, a line with `####`,
-    "final answer is". In `lenient` mode an unmarked answer counts too: what follows the last "answer is" or "answer:", or
-    else the last expression. Only the last 20,000 characters are searched.
+    "final answer is". In `lenient` mode an unmarked answer counts too: what follows the last "answer is" or "answer:" up to
+    the end of its line, or else the value that the last sentence comes to; and of a marked sentence its value, but none that
+    it denies ("not 5") or only bounds ("at least 5"). Only the last 20,000 characters are searched, bold and other markup
+    does not matter, and what stands before `</think>` does not count (the option `scope`: auto, after_think, whole).
 
     Equal in both modes: numbers of one exact value, however written (1/2, 0.5, \\frac12; 1,234; 2 1/2; 3e2), never rounded;
     expressions that math-verify finds equal; sets and bare lists in any order; tuples, intervals and matrices in theirs,
-    each bracket the same; `x = 3` where 3 is asked, but not y = 3 for x = 3; equations with the same solutions.
+    each bracket the same; `x = 3` where 3 is asked, but not y = 3 for x = 3; equations with the same solutions; a list that
+    says the one answer several times (3/4 or 0.75); (C) 12 for C and for 12.
 
                   lenient                                 strict
         units     a missing one is ignored, 1 m = 100 cm  the gold answer's, unconverted
-        percent   50% = 0.5 = 1/2, not 50                 on both or on neither
+        percent   50% = 50 = 0.5 = 1/2                    on both or on neither
         names     3 for x = 3                             x = 3 for x = 3
         brackets  1, 2 or <1, 2> for (1, 2); 5 for {5}    as in the gold answer; 1, 2 for {1, 2}
         ranges    x > 3 for (3, \\infty) and back           as in the gold answer
+
+    With `percent="exact"` 50% is 0.5 and not 50 in lenient mode.
 
     Not read, so no answer (and bad gold): more than 1,000 characters or digits, 64 elements or 12 nested brackets; powers
     and factorials of more than about 5,000 digits (9^{9^{9}}); dots; sums, integrals and limits that the gold answer does
     not have. Decimal commas and angles in radians for degrees are not understood. Deadlines are the caller's: math-verify's
     own need the main thread's signals and are off.
 
-    >>> math("So it is $\\\\boxed{\\\\frac{6}{4}}$.", "1.5"), math("It costs $18.", "9 * 2 = 18\\n#### 18")
+    >>> math("So it is $\\\\boxed{\\\\frac{6}{4}}$.", "1.5"), math("It costs **$18** a day.", "9 * 2 = 18\\n#### 18")
     (1.0, 1.0)
-    >>> math("\\\\boxed{[1, 2)}", "(1, 2)"), math("\\\\boxed{3.33}", "10/3"), math("\\\\boxed{50\\\\%}", "50")
+    >>> math("\\\\boxed{[1, 2)}", "(1, 2)"), math("\\\\boxed{3.33}", "10/3"), math("The answer is 4 or 5.", "5")
     (0.0, 0.0, 0.0)
     >>> [math("The answer is 5 cm.", "5 cm", mode=mode) for mode in ("lenient", "strict")]
+    [1.0, 0.0]
+    >>> [math("\\\\boxed{50\\\\%}", "50", percent=percent) for percent in ("loose", "exact")]
     [1.0, 0.0]
 
     Raises:
         BadGoldError: the answer cannot be read.
-        ValueError: an unknown mode.
+        ValueError: an unknown mode, percent or scope.
     """
     if mode not in _MODES:
         raise ValueError(f"math has no mode {mode!r}; its modes are: {', '.join(_MODES)}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
-from reward_fns.marks import BOX, MARKER, last_boxed, without_emphasis
+from reward_fns.marks import BOX, MARKER, last_boxed, without_markup
 from reward_fns.math.forms import MAX_CHARACTERS, Form, read
 from reward_fns.math.text import UnreadableError
 
@@ -34,7 +35,9 @@ _SENTENCE = re.compile(
     r".*?(?=[.;?!]+(?:\s|$)|[。，]|,\s+(?!and\b|or\b)[a-z]{2}|\s(?:because|since|when|where|if|as|so|which|while)\b|$)",
     re.MULTILINE,
 )
-_END = re.compile(r"[.;?!]\s|[。\n]|,\s+(?!and\b|or\b)(?=[a-z]{2})")
+_SENTENCE_END = re.compile(r"[.;?!]\s|[。\n]")
+_CLAUSE_END = re.compile(r"[.;?!]\s|[。\n]|,\s+(?!and\b|or\b)(?=[a-z]{2})")
+_CONDITION = re.compile(r"\s*(?:if|since|because|when|assuming|given|although|though)\b", re.IGNORECASE)
 _NUMBER = r"(?:\d+ \d+/\d+|\d(?:[\d,]*\d)?(?:\.\d+)?|\.\d+|\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|\\sqrt\s*\{[^{}]*\})"
 _TERM = rf"\(?(?:\\?[$€£¥₹]\s?)?{_NUMBER}\)?"
 _EXPRESSION = re.compile(
@@ -43,14 +46,16 @@ _EXPRESSION = re.compile(
     r"(?:\s?\\?[%$€£¥₹]|[ ]?[^\W\d_]+(?:\^?[²³23])?(?:[ ][^\W\d_]+)*)?"
 )
 _ASIDE = re.compile(
-    r"\b(?:to|for|from|by|in|ici|after|before|with|among|every|each|within|during|until)\s+"
-    r"(?:(?:selling|buying|his|her|their|its|my|our|your|the|all|these|those|other)\s+){0,2}$",
+    r"\b(?:(?:to|for|from|by|in|ici|after|before|with|among|every|each|within|during|until)\s+(?:[a-z]+ing\s+)?"
+    r"(?:(?:his|her|their|its|my|our|your|the|all|these|those|other)\s+){0,2}"
+    r"|(?<!ha[sd] )(?<!have )(?<!need )(?<!needs )(?<!needed )(?<!able )(?<!going )(?<!wants )"
+    r"to\s+(?!about|around|be|exactly|only)[a-z]+\s+(?:(?:his|her|their|its|the|another)\s+)?)$",
     re.IGNORECASE,
 )
 _NO_IDEA = re.compile(
     r"\bI (?:do not|don['’]t|can ?not|can['’]t) (?:know|tell|say|solve|answer|determine)\b[^.?!\n]{0,40}[.?!]", re.IGNORECASE
 )
-_HEDGED = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b.*\d", re.IGNORECASE | re.DOTALL)
+_HEDGED = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b.*\d|\band\b\W{0,5}\d", re.IGNORECASE | re.DOTALL)
 _NOT_THIS = re.compile(
     r"(?:\b(?:not?|never|neither|nor|least|most|up to|(?:more|less|fewer|greater|other) than|over|under|between)|n['’]t)\W*"
     r"(?:\s(?:be|a|the))?\W*$",
@@ -69,7 +74,7 @@ def find_answer(completion: str, *, strict: bool) -> str | None:
     >>> find_answer("It is **5**.", strict=False), find_answer("It is 5.", strict=True)
     ('5', None)
     """
-    text = without_emphasis(completion[-MAX_COMPLETION:])
+    text = without_markup(completion[-MAX_COMPLETION:])
     cues = list(_cues(text))
     marks = [*_boxes(text), *_hash_lines(text)]
     marks += [(match.start(), match[1]) for match in _TAG.finditer(text) if match[1].strip()]
@@ -150,13 +155,19 @@ def _last_value(text: str) -> str | None:
 
 
 def _result(text: str, values: list[tuple[int, int, str]]) -> tuple[int, int, str]:
-    """Of the values in the last sentence with one, what stands after its last `=`, or else the last."""
-    begin = max((match.end() for match in _END.finditer(text, 0, values[-1][0])), default=0)
-    equals = text.rfind("=", begin, values[-1][0])
+    """The value that the last sentence with one comes to: after the last `=` of its last main clause, or else the last.
+
+    Clauses such as "if ..." and what only says to, for, in or by how many are left out, unless there is nothing else.
+    """
+    sentence = max((end.end() for end in _SENTENCE_END.finditer(text, 0, values[-1][0])), default=0)
+    starts = [sentence, *(end.end() for end in _CLAUSE_END.finditer(text, sentence, values[-1][0]))]
+    clauses = [(start, [v for v in values if start <= v[0] < end]) for start, end in pairwise([*starts, len(text)])]
+    said = [(start, found) for start, found in clauses if found]
+    begin, found = ([clause for clause in said if not _CONDITION.match(text, clause[0])] or said)[-1]
+    equals = text.rfind("=", begin, found[-1][0])
     if equals >= 0:
-        return next(value for value in values if value[1] > equals)
-    said = [value for value in values if value[0] >= begin and not _ASIDE.search(text[begin : value[0]])]
-    return (said or values)[-1]
+        return next(value for value in found if value[1] > equals)
+    return ([value for value in found if not _ASIDE.search(text, begin, value[0])] or found)[-1]
 
 
 def _values(text: str) -> Iterator[tuple[int, int, str]]:

@@ -51,7 +51,8 @@ _ASSIGNMENT = re.compile(rf"(?P<name>{_NAME})\s*(?:=|\\in(?![A-Za-z])|\\approx)\
 _FLIPPED = re.compile(rf"(?P<body>[^A-Za-z=<>]+)=\s*(?P<name>{_SYMBOL})")
 _CURRENCY = re.compile(r"(?P<sign>[-+]?)\s*(?:US)?\\?(?P<unit>[$€£¥₹])\s*(?P<value>.+)", re.DOTALL)
 _TEXT_UNIT = re.compile(
-    r"(?P<value>.*?[^\s\\{(])\s*(?P<unit>\\text\s*\{[^{}]*\}(?:[\s\w/^%{}]|\\text\s*\{[^{}]*\})*|\\?[%$])", re.DOTALL
+    r"(?P<value>.*?[^\s\\{(])\s*(?P<unit>\\text\s*\{[^{}]*\}(?:[\sA-Za-z_/%{}]|\^\s*\{?\d\}?|\\text\s*\{[^{}]*\})*|\\?[%$])",
+    re.DOTALL,
 )
 _WORD_UNIT = re.compile(
     r"(?P<value>.*?(?:[\d})\]!]|\\[A-Za-z]+))(?P<unit>\s*(?<![\\A-Za-z])(?:[^\W\d_]|[¢€£¥₹])(?:[^\d^\\=<>$]|\^\s*\{?\d\}?)*)",
@@ -149,7 +150,9 @@ def _last_side(text: str) -> str:
     """What stands after the last `=`; a number at the beginning may differ from it by rounding only, or two are offered."""
     sides = [strip(side) for side in split(text, "=")]
     first, last = parse_number(sides[0]), parse_number(sides[-1])
-    if first is not None and last is not None and abs(first - last) > abs(last) / 100:
+    if first is None or last is None or first == last:
+        return sides[-1]
+    if 1 in (first.denominator, last.denominator) or abs(first - last) > abs(last) / 100:
         raise UnreadableError("an equation whose sides differ")
     return sides[-1]
 
