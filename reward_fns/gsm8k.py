@@ -122,6 +122,8 @@ def parse_number(text: str) -> Fraction | None:
     >>> [parse_number(text) for text in ("2 + 3", "10-12", "3:30", "2^10", "1e5", "18, 19", "\\\\sqrt{18}", "none")]
     [None, None, None, None, None, None, None, None]
     """
+    if (digits := text.strip()).isdecimal() and len(digits) <= _MAX_DIGITS:
+        return Fraction(int(digits))  # most are nothing else
     for pattern, plain in _PLAIN:
         text = pattern.sub(plain, text)
     match = _NUMBER.search(text)

@@ -83,7 +83,7 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed("\\\\boxed{1}, then \\\\boxed{\\\\text{about }{2}}!"), last_boxed("\\\\boxed 7.")
     ('\\\\text{about }{2}', '7')
     """
-    boxes = list(BOX.finditer(text))
+    boxes = list(BOX.finditer(text)) if "box" in text else []
     if not boxes or _JOINED_BOXES.search(text, 0, boxes[-1].start()):
         return None
     if boxes[-1]["bare"]:

@@ -20,9 +20,11 @@ _JOINED = re.compile(r"(?P<join>[,;]?(?:and|or)?)(?:[A-Za-z]\w*=)?")
 _WORDS_AND = re.compile(r"[^.:?!\n]{0,50}\W(?P<join>and|or)\W*")
 _PERCENT = r"\s*\$?\s*(?:\\?%|percent\b|pct\b)"
 _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+_CUE_WORDS = ("answer", "réponse", "答案")
 _CUE = re.compile(
-    r"(?:^\W*(?P<title>final\s+)?answer\W*?\n|(?P<final>final\s+)?(?:answer|réponse|答案)\W{0,3}(?:\s+(?:to|for)\b[^.\n]{0,80}?)?"
-    r"\s*(?:\b(?:is|was|(?:would|should|must|will) be|equals)\b|[:=：]))[\s:]*(?:(?<=\n)[-*•>]\s+)?(?:\\?[\"“])?",
+    rf"(?:^[^\w\n]*(?P<title>final\s+)?answer[^\w\n]*\n|(?P<final>final\s+)?(?:{'|'.join(_CUE_WORDS)})\W{{0,3}}"
+    r"(?:\s+(?:to|for)\b[^.\n]{0,80}?)?\s*(?:\b(?:is|was|(?:would|should|must|will) be|equals)\b|[:=：]))"
+    r"[\s:]*(?:(?<=\n)[-*•>]\s+)?(?:\\?[\"“])?",
     re.IGNORECASE | re.MULTILINE,
 )
 _TEX = r"(?:[^$\n\\]|\\.)"
@@ -139,7 +141,8 @@ def _hash_lines(text: str) -> Iterator[tuple[int, str]]:
 
 def _cues(text: str) -> Iterator[tuple[int, bool, str]]:
     """Where "answer is" or "answer:" stands, whether "final" stands before it, and the TeX or sentence after it."""
-    for cue in reversed(list(_CUE.finditer(text))):
+    folded = text.casefold()
+    for cue in reversed(list(_CUE.finditer(text) if any(word in folded for word in _CUE_WORDS) else ())):
         rest = text[cue.end() : cue.end() + MAX_CHARACTERS].lstrip()
         match = _SPANS.match(rest) or _SENTENCE.match(rest)
         yield cue.start(), bool(cue["final"] or cue["title"]), match.group() if match else ""

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from reward_fns.math.text import ProseError, UnreadableError, parse_number, plain, split, strip, unwrap
+from reward_fns.math.text import MAX_DIGITS, ProseError, UnreadableError, parse_number, plain, split, strip, unwrap
 from reward_fns.math.units import NONE, Unit, is_known, parse_unit
 
 MAX_CHARACTERS = 1000
@@ -87,6 +87,8 @@ def read(text: str, *, thousands: bool = True) -> Form:
     """
     if len(text) > MAX_CHARACTERS:
         raise UnreadableError(f"longer than {MAX_CHARACTERS} characters")
+    if (number := text.strip()).isdecimal() and len(number) < MAX_DIGITS:
+        return Form(number, value=Fraction(int(number)))  # most answers, and none of the rest is for them
     text = plain(text)
     if thousands and not re.search(r"[(\[]|\\\{", text):
         text = _THOUSANDS.sub(lambda match: match[1].replace(",", "").replace(" ", ""), text)
