@@ -1,4 +1,5 @@
-"""Shared-prefix attention against a dense mask written down from its definition."""
+"""Attention over token trees against a dense mask, which is written down twice: from what `reach` means, and from the
+sequences that a tree was made of."""
 
 import pytest
 import torch
@@ -6,19 +7,21 @@ from einops import repeat
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 from transformers import AutoModelForCausalLM
 
-from grpo_hf.packing import attention
+from grpo_hf.packing import attention, layout
 from grpo_hf.packing.attention import (
     BLOCK,
     TOKEN_TREE,
     ScoreRule,
     block_mask,
-    by_span,
+    by_path,
     cascade,
-    shared_prefix_attention,
+    tree_attention,
 )
-from grpo_hf.packing.layout import packed_batch, padded_batch
-from grpo_hf.types import Group, PrefixLayout
-from tests.tiny import UNEVEN, random_groups, tiny_model
+from grpo_hf.packing.layout import inputs_of, lay_out, packed_batch, padded_batch
+from grpo_hf.packing.tree import token_runs
+from grpo_hf.types import TokenTree, TrainingSample
+from tests.samples import UNEVEN, random_samples, sample, samples_that_share
+from tests.tiny_models import tiny_model
 
 RULES = {
     "plain": ScoreRule(scaling=0.5, sliding_window=None, softcap=None),
@@ -27,37 +30,77 @@ RULES = {
     "softcap": ScoreRule(scaling=0.5, sliding_window=None, softcap=0.7),
     "window and softcap": ScoreRule(scaling=0.5, sliding_window=4, softcap=0.7),
 }
-SHAPES = {
-    "uneven": UNEVEN,
-    "one group of one": [(5, [4])],
-    "prompt of one token": [(1, [3, 2])],
-    "no completion inputs": [(4, [1, 1]), (2, [1])],
+
+
+def whole(*ids: int) -> TrainingSample:
+    return sample(ids, [len(ids) - 1])
+
+
+TREES = {
+    "uneven groups": random_samples(UNEVEN),
+    "one group of one": random_samples([(5, [4])]),
+    "prompt of one token": random_samples([(1, [3, 2])]),
+    "no completion inputs": random_samples([(4, [1, 1]), (2, [1])]),
+    "one token": [whole(1, 2)],
+    "four levels": [
+        whole(1, 2, 3, 4, 5, 6, 7),
+        whole(1, 2, 3, 4, 5, 9, 9),
+        whole(1, 2, 3, 8, 8),
+        whole(1, 6, 6),
+        whole(7, 7),
+    ],
+    "a run that ends in a fork": [whole(1, 2, 3, 0), whole(1, 2, 3, 4, 0), whole(1, 2, 3, 5, 6, 0)],
+    **{f"random {seed}": samples_that_share(seed) for seed in range(4)},
 }
 
 
-def dense_mask(groups: list[Group], window: int | None) -> torch.Tensor:
-    """The definition: a token sees its own sequence (prompt, then its completion) up to itself, ``window`` tokens back."""
-    sequences, end = [], 0
-    for group in groups:
-        prompt = range(end, end + len(group.prompt.ids))
-        sequences.append([*prompt])
-        end = prompt.stop
-        for completion in group.completions:
-            own = range(end, end + len(completion.ids) - 1)
-            sequences.append([*prompt, *own])
-            end = own.stop
-    mask = torch.zeros(end, end, dtype=torch.bool)
-    for sequence in sequences:
-        for place, token in enumerate(sequence):
-            seen = sequence[: place + 1]
+@pytest.fixture(autouse=True)
+def every_run_is_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short."""
+    monkeypatch.setattr(layout, "LEAST_SAVED", 0)
+
+
+def tree_of(samples: list[TrainingSample]) -> TokenTree:
+    tree = packed_batch(samples).tree
+    assert tree is not None
+    return tree
+
+
+def dense_mask(samples: list[TrainingSample], window: int | None) -> torch.Tensor:
+    """From the sequences: a token sees those before it in its own, and itself, ``window`` tokens back."""
+    sequences = [inputs_of(item) for item in samples]
+    nodes, places = lay_out(token_runs(sequences))
+    mask = torch.zeros(nodes[-1].span.stop, nodes[-1].span.stop, dtype=torch.bool)
+    for number, sequence in enumerate(sequences):
+        at = places[number][: len(sequence)]
+        assert packed_batch(samples).input_ids[0, at].tolist() == list(sequence)
+        for place, token in enumerate(at):
+            seen = at[: place + 1]
             mask[token, seen if window is None else seen[-window:]] = True
     return mask
 
 
-def layout_of(groups: list[Group]) -> PrefixLayout:
-    layout = packed_batch(groups).prefix_layout
-    assert layout is not None
-    return layout
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("samples", TREES.values(), ids=TREES)
+def test_reach_says_who_sees_whom(samples: list[TrainingSample], window: int | None) -> None:
+    """k <= q < reach[k], and with a window depth[q] - depth[k] < window: the mask of the sequences."""
+    tree = tree_of(samples)
+    q, k = torch.meshgrid(*[torch.arange(len(tree.reach))] * 2, indexing="ij")
+    by_definition = (k <= q) & (q < tree.reach[k])
+    if window is not None:
+        by_definition &= tree.depth[q] - tree.depth[k] < window
+    assert torch.equal(by_definition, dense_mask(samples, window))
+
+
+def test_the_trees_have_several_levels() -> None:
+    def levels(tree: TokenTree) -> int:
+        depth: list[int] = []
+        for node in tree.nodes:
+            depth.append(1 + (depth[node.parent] if node.parent >= 0 else 0))
+        return max(depth)
+
+    assert levels(tree_of(TREES["four levels"])) == 4
+    assert max(levels(tree_of(samples)) for name, samples in TREES.items() if name.startswith("random")) >= 4
 
 
 def random_heads(length: int, kv_heads: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,12 +119,12 @@ def dense_attention(query, key, value, mask, rule: ScoreRule) -> torch.Tensor:
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
 
 
-def assert_dense_attention(function, groups: list[Group], rule: ScoreRule, **options) -> None:
+def assert_dense_attention(function, samples: list[TrainingSample], rule: ScoreRule, **options) -> None:
     """In its values, and in the gradients of a random mixture of them."""
-    mask = dense_mask(groups, rule.sliding_window)
+    mask = dense_mask(samples, rule.sliding_window)
     found, expected = [], []
     for results, attend in (
-        (found, lambda *heads: function(*heads, layout_of(groups), rule)),
+        (found, lambda *heads: function(*heads, tree_of(samples), rule)),
         (expected, lambda *heads: dense_attention(*heads, mask, rule)),
     ):
         heads = [states.requires_grad_() for states in random_heads(len(mask), **options)]
@@ -92,32 +135,33 @@ def assert_dense_attention(function, groups: list[Group], rule: ScoreRule, **opt
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
-def test_by_span_is_dense_attention_under_the_mask(shapes: list, rule: ScoreRule) -> None:
-    assert_dense_attention(by_span, random_groups(shapes), rule)
+@pytest.mark.parametrize("samples", TREES.values(), ids=TREES)
+def test_by_path_is_dense_attention_under_the_mask(samples: list[TrainingSample], rule: ScoreRule) -> None:
+    assert_dense_attention(by_path, samples, rule)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
-def test_cascade_is_dense_attention_under_the_mask(shapes: list, kv_heads: int) -> None:
-    assert_dense_attention(cascade, random_groups(shapes), RULES["plain"], kv_heads=kv_heads)
+@pytest.mark.parametrize("samples", TREES.values(), ids=TREES)
+def test_cascade_is_dense_attention_under_the_mask(samples: list[TrainingSample], kv_heads: int) -> None:
+    assert_dense_attention(cascade, samples, RULES["plain"], kv_heads=kv_heads)
 
 
 @pytest.mark.parametrize(
-    ("window", "softcap", "chosen"), [(None, None, cascade), (20, None, cascade), (19, None, by_span), (None, 5.0, by_span)]
+    ("window", "softcap", "chosen"), [(None, None, cascade), (20, None, cascade), (19, None, by_path), (None, 5.0, by_path)]
 )
-def test_what_cascade_cannot_do_is_done_by_span(window: int | None, softcap: float | None, chosen) -> None:
-    layout = layout_of(random_groups([(12, [9, 3]), (15, [2])]))
-    assert layout.longest == 12 + 8  # the last token of a completion is no input
-    query, _, value = random_heads(len(layout.prompt_of))
-    assert attention._implementation(query, value, layout, ScoreRule(0.5, window, softcap)) is chosen
+def test_what_cascade_cannot_do_is_done_by_path(window: int | None, softcap: float | None, chosen) -> None:
+    tree = tree_of(random_samples([(12, [9, 3]), (15, [2])]))
+    assert tree.longest == 12 + 8  # the last token of a completion is no input
+    query, _, value = random_heads(len(tree.reach))
+    assert attention._implementation(query, value, tree, ScoreRule(0.5, window, softcap)) is chosen
+    assert attention._implementation(query, value[..., :4], tree, RULES["plain"]) is by_path, "values of another size"
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
-@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
-def test_the_flex_mask_is_the_layout_by_definition(shapes: list, window: int | None) -> None:
-    expected = dense_mask(random_groups(shapes), window)
-    mask = block_mask(layout_of(random_groups(shapes)), window)
+@pytest.mark.parametrize("samples", TREES.values(), ids=TREES)
+def test_the_flex_mask_is_the_tree_by_definition(samples: list[TrainingSample], window: int | None) -> None:
+    expected = dense_mask(samples, window)
+    mask = block_mask(tree_of(samples), window)
     dense = create_mask(mask.mask_mod, None, None, len(expected), len(expected), device="cpu")
     assert torch.equal(dense[0, 0], expected)
 
@@ -125,9 +169,11 @@ def test_the_flex_mask_is_the_layout_by_definition(shapes: list, window: int | N
 @pytest.mark.parametrize("window", [None, 300])
 def test_the_flex_blocks_are_those_of_the_whole_mask(window: int | None) -> None:
     """Kept full, kept in part and left out, as torch makes them from the [time time] mask; the last block is not whole."""
-    layout = layout_of(random_groups([(400, [150, 300]), (20, [7, 9]), (130, [260])]))
-    length = len(layout.prompt_of)
-    mask = block_mask(layout, window)
+    system, question = torch.arange(900).split(500)
+    long = [whole(*system.tolist(), *question.tolist(), *[number] * length) for number, length in ((1, 150), (2, 300))]
+    tree = tree_of([*long, whole(*system.tolist(), *[3] * 40), *random_samples([(20, [7, 9]), (130, [260])])])
+    length = len(tree.reach)
+    mask = block_mask(tree, window)
     expected = create_block_mask(mask.mask_mod, None, None, length, length, device="cpu")
     assert length % BLOCK and mask.seq_lengths == expected.seq_lengths and mask.BLOCK_SIZE == expected.BLOCK_SIZE
     for name in ("kv", "full_kv", "q", "full_q"):
@@ -137,28 +183,28 @@ def test_the_flex_blocks_are_those_of_the_whole_mask(window: int | None) -> None
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("samples", [TREES["uneven groups"], TREES["four levels"]], ids=["uneven groups", "four levels"])
 @torch.no_grad()
-def test_flex_attention_is_by_span(rule: ScoreRule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_attention_is_by_path(samples: list[TrainingSample], rule: ScoreRule, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled, since its compiled form is for GPUs: mask, scaling, cap and shared heads are handed over right."""
     monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: flex_attention)
-    layout = layout_of(random_groups())
-    heads = random_heads(len(layout.prompt_of))
-    torch.testing.assert_close(attention._flex(*heads, layout, rule), by_span(*heads, layout, rule))
-    assert list(layout.block_masks) == [rule.sliding_window]  # kept for the next layer
+    tree = tree_of(samples)
+    heads = random_heads(len(tree.reach))
+    torch.testing.assert_close(attention._flex(*heads, tree, rule), by_path(*heads, tree, rule))
+    assert list(tree.block_masks) == [rule.sliding_window]  # kept for the next layer
 
 
 def test_dropout_is_refused() -> None:
-    groups = random_groups()
-    layout = layout_of(groups)
-    heads = random_heads(len(layout.prompt_of))
+    tree = tree_of(TREES["uneven groups"])
+    heads = random_heads(len(tree.reach))
     with pytest.raises(ValueError, match=r"takes no dropout, got 0.1: set disable_dropout=True"):
-        shared_prefix_attention(torch.nn.Module(), *heads, None, prefix_layout=layout, dropout=0.1)
+        tree_attention(torch.nn.Module(), *heads, None, tree=tree, dropout=0.1)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "gpt2"])
 @torch.no_grad()
-def test_without_a_layout_it_is_sdpa(family: str) -> None:
-    model, batch = tiny_model(family), padded_batch(random_groups())
+def test_without_a_tree_it_is_sdpa(family: str) -> None:
+    model, batch = tiny_model(family), padded_batch(random_samples())
     logits = {}
     for name in ("sdpa", TOKEN_TREE):
         model.set_attn_implementation(name)
@@ -167,9 +213,9 @@ def test_without_a_layout_it_is_sdpa(family: str) -> None:
 
 
 @torch.no_grad()
-def test_without_a_layout_a_softcap_is_kept() -> None:
+def test_without_a_tree_a_softcap_is_kept() -> None:
     """transformers' own sdpa leaves it out."""
-    model, batch = tiny_model("gemma2"), padded_batch(random_groups())
+    model, batch = tiny_model("gemma2"), padded_batch(random_samples())
     logits = {}
     for name in ("eager", "sdpa", TOKEN_TREE):
         model.set_attn_implementation(name)

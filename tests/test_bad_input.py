@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import grpo_hf.training.trainer
 from grpo_hf import GRPOTrainer
+from grpo_hf.algorithm.correction import CORRECTION_MODES, corrected
+from grpo_hf.algorithm.logits import token_logprobs
+from grpo_hf.algorithm.losses import LOSSES
+from grpo_hf.algorithm.objective import grpo_objective
 from grpo_hf.rewards import RewardFaultError
 from grpo_hf.training.guards import GuardError
-from tests.runs import AfterStep, held_out_trainer, lora, same, values, weights
-from tests.tiny import PROMPTS, even_words, tiny_model, tiny_tokenizer, tiny_trainer
+from tests.runs import AfterStep, held_out_trainer, logs, lora, same, values, weights
+from tests.tiny import PROMPTS, Gradients, even_words, relative_error, tiny_model, tiny_tokenizer, tiny_trainer
 
 
 def uses_answer(completion: str, answer: str) -> float:
@@ -44,6 +49,12 @@ holds_a_lock = lock_holder()
 def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     function.__name__ = name
     return function
+
+
+def with_added_token(*, pad: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<new>"} if pad else {"additional_special_tokens": ["<new>"]})
+    return tokenizer
 
 
 # ---- Before any weights are loaded
@@ -99,6 +110,14 @@ BAD = {
     "fewer prompts than a rollout has": (
         {"per_device_train_batch_size": 32},
         "train_dataset has 6 prompts, but a rollout samples 8 different ones",
+    ),
+    "a token that only the tokenizer knows": (
+        {"processing_class": with_added_token(), "train_dataset": [*PROMPTS, {"prompt": "w1 <new> w2"}]},
+        r"train_dataset, row 6: '<new>' has the id 97, but the model's embedding has 97 rows: .*resize_token_embeddings",
+    ),
+    "a pad token that only the tokenizer knows": (
+        {"processing_class": with_added_token(pad=True)},
+        "the tokenizer's pad token '<new>' has the id 97, but the model's embedding has 97 rows",
     ),
     "no reward": ({"reward_funcs": []}, "reward_funcs is empty"),
     "reward_funcs forgotten": ({"reward_funcs": None}, "reward_funcs is empty"),
@@ -310,3 +329,54 @@ def test_held_out_prompts_are_checked_too(tmp_path: Path) -> None:
         held_out_trainer(tmp_path, [PROMPTS[0], LONG])
     kept = held_out_trainer(tmp_path, [PROMPTS[0], LONG], overlong_prompts="drop")
     assert len(kept.eval_prompts[""]) == 1
+
+
+# ---- An engine's log-probs that are missing
+
+
+@pytest.mark.parametrize("missing", [None, math.nan])
+@pytest.mark.parametrize("mode", CORRECTION_MODES)
+def test_tokens_without_an_engines_logprob_are_left_out_of_the_correction(
+    tmp_path: Path, mode: str, missing: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient is that of weights 1 there; the others' metrics stay what they were, and one line says so."""
+    kept, lines = Gradients(), []
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("grpo_hf.rollout.record"), "warning_once", said.append, raising=False)
+    for broken in (False, True):
+        settings: dict[str, Any] = {"vllm_importance_sampling_mode": mode, "max_steps": 1}
+        trainer = tiny_trainer(tmp_path, callbacks=[kept], **settings)
+        trainer.policy.objective = grpo_objective(
+            *LOSSES["dapo"], factors=(partial(corrected, mode=mode, low=None, high=3.0),)
+        )
+        trainer.stream.sampler.engine = WithLogprobs(trainer.stream.sampler.engine, trainer, missing if broken else 0.0)
+        trainer.train()
+        lines.append(logs(trainer)[0])
+    assert relative_error(kept.steps[1], kept.steps[0]) < 1e-5
+    assert lines[0].get("sampling/frac_without_logprobs", 0.0) == 0 < lines[1]["sampling/frac_without_logprobs"] < 1
+    assert lines[1]["sampling/sampling_logp_difference/max"] == pytest.approx(0, abs=1e-4)
+    (line,) = said
+    assert line.startswith("The engine gave some tokens no log-prob (None or NaN)")
+
+
+class WithLogprobs:
+    """An engine that gives the trainer's own log-probs, but for each completion's first token."""
+
+    def __init__(self, engine: Any, trainer: GRPOTrainer, first: float | None):
+        self.engine, self.trainer, self.first = engine, trainer, first
+
+    def sync_weights(self, version: int) -> None:
+        self.engine.sync_weights(version)
+
+    def abort(self) -> None:
+        self.engine.abort()
+
+    def sample(self, prompts: Any, seeds: Any, num_generations: int, sampling: Any) -> Any:
+        for number, completions in self.engine.sample(prompts, seeds, num_generations, sampling):
+            for item in completions:
+                ids = torch.tensor([prompts[number] + item.ids])
+                with torch.no_grad():
+                    logits = self.trainer.model.eval()(ids).logits[0, len(prompts[number]) - 1 : -1]
+                found = token_logprobs(logits, torch.tensor(item.ids)).tolist()
+                item.rollout_logprobs = [found[0] if self.first == 0.0 else self.first, *found[1:]]
+            yield number, completions

@@ -5,13 +5,13 @@ import logging
 import pytest
 import torch
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from grpo_hf.packing import choose
 from grpo_hf.packing.attention import TOKEN_TREE
 from grpo_hf.packing.choose import choose_layout, disable_dropout
 from grpo_hf.toy.hf_model import SortingConfig, SortingForCausalLM
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny_models import FAMILIES, MIXTURES, SIZES, tiny_model
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10]]
 TOY_PROMPTS = [[1, 0, 2], [3, 2, 4]]
@@ -43,7 +43,7 @@ def with_doubled_logits() -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
 def test_packed_for_the_families(family: str, log: list[str]) -> None:
     model = tiny_model(family)
     assert choose_layout(model, PROMPTS) == "packed"
@@ -67,6 +67,34 @@ def test_padded_where_tokens_meet_outside_of_attention(log: list[str]) -> None:
     assert choose_layout(model, PROMPTS) == "padded"
     assert model.config._attn_implementation == own
     assert "not packed, since its log-probs differ by up to" in log[0]
+
+
+def nemotron() -> PreTrainedModel:
+    """Its own code makes a mask of the wrong kind for torch out of the layout's."""
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron", **SIZES)).eval()
+
+
+def test_a_trial_that_crashes_is_a_reason_and_not_a_crash(log: list[str]) -> None:
+    model = nemotron()
+    assert choose_layout(model, PROMPTS) == "padded"
+    assert model.config._attn_implementation == "sdpa"
+    assert "not packed, since its forward ends in RuntimeError: Expected attn_mask dtype" in log[0]
+    with pytest.raises(ValueError, match=r"NemotronForCausalLM cannot be trained.*not packed, since its forward ends in"):
+        choose_layout(nemotron(), PROMPTS, "packed")
+
+
+def test_a_crash_of_every_layout_is_an_error_with_both_reasons() -> None:
+    model = tiny_model()
+    forward = model.get_decoder().forward
+
+    def only_whole_rows(*args, position_ids=None, **kwargs):
+        if position_ids is not None:
+            raise NotImplementedError("no position ids,\nplease")
+        return forward(*args, **kwargs)
+
+    model.get_decoder().forward = only_whole_rows  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="not packed, since its forward ends in NotImplementedError: no position ids,; not"):
+        choose_layout(model, PROMPTS)
 
 
 def test_padded_when_asked() -> None:

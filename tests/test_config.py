@@ -76,7 +76,7 @@ def test_where_a_default_is_not_trls() -> None:
 
 @pytest.mark.parametrize(("setting", "budget"), [({}, 2048), ({"tokens_per_microbatch": 100}, 100)])
 def test_the_budget_is_the_devices_unless_it_is_given(tmp_path: Path, setting: dict, budget: int) -> None:
-    assert tiny_trainer(tmp_path, **setting).stream.plan.tokens_per_microbatch == budget
+    assert tiny_trainer(tmp_path, **setting).policy.tokens_per_microbatch == budget
 
 
 def test_every_setting_has_a_help_text() -> None:
@@ -288,6 +288,7 @@ ERRORS = {
         {"curriculum": "skip_solved", "rollout_ahead": 1, "use_vllm": True, "vllm_mode": "server"},
         "set rollout_ahead=0",
     ),
+    "torch_compile": ({"torch_compile": True}, "torch_compile=True compiles the model's own forward, which"),
     "auto_find_batch_size": ({"auto_find_batch_size": True}, "would break up groups; lower tokens_per_microbatch"),
     "sync_ref_model without beta": ({"sync_ref_model": True}, "needs a reference model, so beta > 0; beta is 0"),
     # batches

@@ -50,7 +50,7 @@ def test_it_is_repeatable(tmp_path: Path, temperature: float) -> None:
     """Seeds depend on the row alone, not on the batches or what was sampled before."""
     trainer = held_out_trainer(tmp_path, HELD_OUT, eval_temperature=temperature)
     first = trainer.evaluate()
-    trainer.stream.make(0)
+    trainer.stream.make(0, version=0)
     assert trainer.evaluate() == first
     trainer.args.per_device_eval_batch_size = 1
     assert trainer.evaluate() == first

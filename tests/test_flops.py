@@ -9,13 +9,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from grpo_hf.packing.layout import packed_batch, padded_batch
 from grpo_hf.toy.hf_model import SortingConfig, SortingForCausalLM
 from grpo_hf.training.flops import Cost, cost_of, update_flops
 from tests.runs import lora
-from tests.tiny import SIZES, UNEVEN, VOCAB, random_groups, tiny_model
+from tests.samples import UNEVEN, VOCAB, random_groups, random_samples, samples_of
+from tests.tiny_models import MIXTURES, tiny_model
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -47,16 +47,23 @@ def test_padding_is_not_useful_and_repeated_prompts_are_counted() -> None:
     cost = Cost(token=1, scored=0, pair=0, windows=Counter())
     groups = random_groups(UNEVEN)
     rows = sum(len(g.prompt.ids) + len(c.ids) - 1 for g in groups for c in g.completions)
-    assert update_flops(cost, [padded_batch(groups)]) == rows
-    assert update_flops(cost, [packed_batch(groups)]) == rows - sum(
+    assert update_flops(cost, [padded_batch(samples_of(groups))]) == rows
+    assert update_flops(cost, [packed_batch(samples_of(groups))]) == rows - sum(
         len(g.prompt.ids) * (len(g.completions) - 1) for g in groups
     )
+
+
+def test_a_position_with_several_targets_is_put_through_the_head_once() -> None:
+    cost = Cost(token=0, scored=1, pair=0, windows=Counter())
+    samples = random_samples([(7, [5, 1, 3])])
+    assert update_flops(cost, [padded_batch(samples)]) == 5 + 1 + 3
+    assert update_flops(cost, [packed_batch(samples)]) == 5 + 1 + 3 - 2
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])
 def test_attention_counts_the_pairs_that_may_look(window: int | None) -> None:
     """A prompt of 3, and completions of which 2 and 0 tokens are inputs: 1 + 2 + 3 + 4 + 5 pairs without a window."""
-    batch = packed_batch(random_groups([(3, [3, 1])]))
+    batch = packed_batch(random_samples([(3, [3, 1])]))
     cost = Cost(token=0, scored=0, pair=7, windows=Counter({window: 2}))
     assert update_flops(cost, [batch]) == 2 * 7 * {None: 15, 1: 5, 4: 14}[window]
 
@@ -72,10 +79,11 @@ def test_windows_and_head_sizes_come_from_the_config() -> None:
 
 
 def test_of_experts_those_that_a_token_is_sent_to() -> None:
-    sizes = SIZES | {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+    """2 of 4, of 3 products each."""
+    sizes = MIXTURES["qwen3_moe"]
+    assert (sizes["num_experts"], sizes["num_experts_per_tok"], sizes["moe_intermediate_size"]) == (4, 2, 16)
     attention = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32)
-    assert cost_of(model).token == 6 * (attention + 2 * (8 * 32 + 2 * 3 * 32 * 16))
+    assert cost_of(tiny_model("qwen3_moe")).token == 6 * (attention + 2 * (4 * 32 + 2 * 3 * 32 * 16))
 
 
 def test_a_model_without_attention_heads_has_a_cost_too() -> None:
@@ -85,6 +93,6 @@ def test_a_model_without_attention_heads_has_a_cost_too() -> None:
 
 
 def test_what_only_keeps_a_process_busy_is_not_counted() -> None:
-    batch = packed_batch(random_groups())
+    batch = packed_batch(random_samples())
     batch.weight = 0.0
     assert update_flops(cost_of(tiny_model()), [batch]) == 0

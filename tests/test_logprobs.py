@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_hf.algorithm.logits import entropy, token_logprobs
 from grpo_hf.packing.logprobs import LOGIT_TRANSFORMS, head_logprobs, logit_transform
-from tests.tiny import tiny_model
+from tests.tiny_models import tiny_model
 
 TOKENS, DIM, VOCAB = 24, 8, 61
 
@@ -24,17 +24,17 @@ def make_tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return hidden, torch.randint(VOCAB, (TOKENS,))
 
 
-def full_logits(hidden, targets, head, *, temperature=1.0, transform=None) -> tuple[Tensor, Tensor]:
-    """What head_logprobs must equal, the plain way."""
-    logits = head(hidden).float()
+def full_logits(hidden, targets, head, *, rows=None, temperature=1.0, transform=None) -> tuple[Tensor, Tensor]:
+    """What head_logprobs must equal, the plain way: a state is repeated for each of its targets."""
+    logits = head(hidden if rows is None else hidden[rows]).float()
     logits = logits if transform is None else transform(logits)
     return token_logprobs(logits, targets, temperature), entropy(logits, temperature)
 
 
-def values_and_gradients(function, head: nn.Module, parts: str = "both", **options) -> list[Tensor]:
+def values_and_gradients(function, head: nn.Module, parts: str = "both", *, states: int = TOKENS, **options) -> list[Tensor]:
     """Log-probs, entropy, and the gradient of a random mixture of them for hidden states and head."""
     hidden, targets = make_tokens()
-    logprobs, entropies = function(hidden, targets, head, **options)
+    logprobs, entropies = function(hidden[:states], targets, head, **options)
     torch.manual_seed(2)
     loss = torch.zeros(())
     if parts != "entropy":
@@ -118,6 +118,40 @@ def test_a_models_transform_comes_from_its_config() -> None:
     capped = logit_transform(tiny_model("gemma2"))
     assert capped is not None
     torch.testing.assert_close(capped(logits), 3 * torch.tanh(logits / 3))
+
+
+ROWS = torch.tensor([3, 0, 0, 7, 3, 2, 3, 6, 7, 7, 1, 0, 3, 5, 6, 2, 2, 1, 3, 3, 5, 0, 6, 7])
+"""Which of 8 states predicts each of the 24 targets: in no order, up to six for one state and none for another."""
+PATHS = {
+    "fused": (make_head, None, 0),
+    "fused, half of the chunks kept": (make_head, None, 4),
+    "fused, all kept": (make_head, None, TOKENS),
+    "frozen": (lambda: make_head().requires_grad_(False), None, 1),
+    **{f"general: {name}": (head, transform, 0) for name, (head, transform) in GENERAL.items()},
+}
+
+
+@pytest.mark.parametrize("parts", ["logprobs", "entropy", "both"])
+@pytest.mark.parametrize("chunk", [1, 3, 8, TOKENS])
+@pytest.mark.parametrize(("head", "transform", "kept"), PATHS.values(), ids=PATHS)
+def test_several_targets_of_one_state(head, transform, kept: int, chunk: int, parts: str) -> None:
+    """As if the state had been there once for each: completions that begin alike are predicted from one position."""
+    options = {"rows": ROWS, "states": int(ROWS.max()) + 1, "temperature": 0.7, "transform": transform}
+    assert_equal_to_full_logits(head(), parts, chunk=chunk, kept=kept, **options)
+
+
+def test_a_state_with_several_targets_goes_through_the_head_once() -> None:
+    """Chunks are of states: 8 states make no larger product for 24 targets than for 8."""
+    seen = []
+    head = make_head(bias=True)
+    head.register_forward_hook(lambda module, args, output: seen.append(output.numel()))
+    hidden, targets = make_tokens()
+    logprobs, entropies = head_logprobs(hidden[:8], targets, head, rows=ROWS)
+    assert sum(seen) == 8 * VOCAB
+    assert len(logprobs) == len(entropies) == TOKENS
+    with LargestTensor() as recorded:
+        head_logprobs(hidden[:8], targets, make_head(), rows=ROWS)
+    assert recorded.largest == 8 * VOCAB
 
 
 class LargestTensor(TorchDispatchMode):

@@ -1,19 +1,30 @@
-"""Planning: advantages and denominators over all processes, what is dropped, and how a rollout is cut into updates."""
+"""Planning: advantages and denominators over all processes, training samples, what is dropped, how a rollout is cut into
+updates, and how processes share the work."""
+
+from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from grpo_hf.algorithm.advantages import ADVANTAGES
+from grpo_hf.packing.layout import num_tokens, packed_batch
 from grpo_hf.rollout.peers import ALONE, Peers
-from grpo_hf.rollout.planning import Plan, Update, assign_advantages
-from grpo_hf.types import Completion, Group
-from tests.tiny import group
+from grpo_hf.rollout.planning import Plan, Update, assign_advantages, balanced, numbered_samples, sample_of, shares, until
+from grpo_hf.types import Completion, Group, TrainingSample
+from tests.peers import on_processes
+from tests.samples import group, sample
+
+CENTERED = ADVANTAGES["centered"]
+
+
+def scored(ids: list[int], reward: float, **fields: Any) -> Completion:
+    """A completion with one score."""
+    return Completion(ids, reward=reward, rewards={"right": reward}, **({"truncated": False} | fields))
 
 
 def scored_group(rewards: list[float], lengths: list[int] | None = None, truncated: tuple[int, ...] = ()) -> Group:
@@ -22,44 +33,36 @@ def scored_group(rewards: list[float], lengths: list[int] | None = None, truncat
     return group(
         [1, 2],
         [
-            Completion([10 + place] * length, truncated=place in truncated, reward=reward)
+            scored([10 + place] * length, reward, truncated=place in truncated)
             for place, (reward, length) in enumerate(zip(rewards, lengths, strict=True))
         ],
     )
 
 
 def make_plan(**options: Any) -> Plan:
-    defaults = {"advantage": "centered", "updates_per_rollout": 1, "layout": "packed"}
-    return Plan(**(defaults | {"tokens_per_microbatch": 100, "max_completion_length": 16} | options))
+    defaults = {"credit": CENTERED, "reward_weights": [1.0], "updates_per_rollout": 1, "max_completion_length": 16}
+    return Plan(**(defaults | options))
+
+
+def updates_of(groups: list[Group], peers: Peers = ALONE, **options: Any) -> list[Update]:
+    return make_plan(**options).updates(groups, 0, peers)
 
 
 def targets(update: Update) -> list[int]:
     """The distinct completion tokens of an update: 10 for a group's first completion, 11 for its second, ..."""
-    return sorted({token for batch in update.microbatches for token in batch.targets.tolist()})
+    return sorted({token for item in update.samples for token in torch.tensor(item.ids)[item.is_target].tolist()})
 
 
-def advantages(groups: list[Group]) -> list[float]:
+def advantages(groups: list[Group]) -> list[float | None]:
     return [completion.advantage for group in groups for completion in group.completions]
 
 
-def on_two_processes(work: Callable[[Peers], Any]) -> list[Any]:
-    """Run the work as process 0 and as process 1, each gathering from both."""
-    barrier, slots = threading.Barrier(2), [None, None]
-
-    def gather(rank: int, item: Any) -> list[Any]:
-        slots[rank] = item
-        barrier.wait()
-        everyone = list(slots)
-        barrier.wait()
-        return everyone
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda rank: work(Peers(rank, 2, partial(gather, rank))), range(2)))
+# ---- Credit
 
 
 def test_advantages_are_set_in_place() -> None:
     groups = [scored_group([1.0, 0.0, 0.0, 3.0]), scored_group([2.0, 2.0, 2.0, math.nan])]
-    assign_advantages(groups, "centered", ALONE)
+    assign_advantages(groups, CENTERED, [1.0], ALONE)
     assert advantages(groups) == [0.0, -1.0, -1.0, 2.0, 0.0, 0.0, 0.0, 0.0]
 
 
@@ -67,113 +70,282 @@ def test_advantages_see_the_rewards_of_all_processes() -> None:
     """Two processes with a group each get what one process with both would: "batch" divides by the std of all."""
     rewards = [[0.0, 1.0], [4.0, 8.0]]
     together = [scored_group(row) for row in rewards]
-    assign_advantages(together, "batch", ALONE)
+    assign_advantages(together, ADVANTAGES["batch"], [1.0], ALONE)
 
-    def work(peers: Peers) -> list[float]:
+    def work(peers: Peers) -> list[float | None]:
         mine = [scored_group(rewards[peers.rank])]
-        assign_advantages(mine, "batch", peers)
+        assign_advantages(mine, ADVANTAGES["batch"], [1.0], peers)
         return advantages(mine)
 
-    first, second = on_two_processes(work)
+    first, second = on_processes(work)
     assert first + second == advantages(together)
 
 
-def test_denominators_count_all_processes() -> None:
-    def work(peers: Peers) -> list[Update]:
-        lengths = [[1, 2], [3, 5]][peers.rank]
-        return make_plan(updates_per_rollout=2).updates([scored_group([0.0, 1.0], lengths)], peers)
+def test_credit_is_handed_every_score_and_the_weights() -> None:
+    """NaN where a score is missing, and everywhere in a completion that is not valid."""
+    seen = []
 
-    for updates, local in zip(on_two_processes(work), [(1, 2), (3, 5)], strict=True):
-        for update, local_tokens in zip(updates, local, strict=True):
+    def credit(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        seen.append((scores, weights))
+        return scores.nan_to_num().sum(-1)
+
+    both = [
+        Completion([5], truncated=False, rewards={"a": 1.0, "b": 10.0}),
+        Completion([6], truncated=False, rewards={"a": 2.0, "b": math.nan}),
+        Completion([7], truncated=False, rewards={"a": 3.0, "b": 30.0}, valid=False),
+    ]
+    item = group([1], both)
+    assign_advantages([item], credit, [0.5, 2.0], ALONE)
+    ((scores, weights),) = seen
+    nan = math.nan
+    torch.testing.assert_close(scores, torch.tensor([[[1.0, 10.0], [2.0, nan], [nan, nan]]]), equal_nan=True)
+    assert weights.tolist() == [0.5, 2.0]
+    assert advantages([item]) == [11.0, 2.0, 0.0]
+
+
+# ---- Samples
+
+
+def test_a_single_turn_completion_is_one_sample() -> None:
+    item = Completion([7, 8], truncated=False, advantage=-0.5, rollout_logprobs=[-1.0, None])
+    made = sample_of([1, 2, 3], item, version=4, completion=9, group=2)
+    assert made.ids == (1, 2, 3, 7, 8)
+    assert made.is_target.tolist() == [False, False, False, True, True]
+    assert made.advantages.tolist() == [0, 0, 0, -0.5, -0.5]
+    assert (made.completion, made.group, made.completion_length) == (9, 2, 2)
+    assert made.versions.tolist() == [4, 4]
+    torch.testing.assert_close(made.rollout_logprobs, torch.tensor([-1.0, math.nan]), equal_nan=True)
+    assert made.old_logprobs is made.ref_logprobs is None
+    assert sample_of([1], replace(item, rollout_logprobs=None), 0, completion=0, group=0).rollout_logprobs is None
+
+
+def test_what_a_tool_answered_is_no_target() -> None:
+    item = Completion([7, 90, 91, 8], False, advantage=2.0, is_sampled=[True, False, False, True], rollout_logprobs=[-1, -2])
+    made = sample_of([1, 2], item, version=0, completion=0, group=0)
+    assert made.ids == (1, 2, 7, 90, 91, 8)
+    assert made.is_target.tolist() == [False, False, True, False, False, True]
+    assert made.advantages.tolist() == [0, 0, 2, 0, 0, 2]
+    assert (made.completion_length, made.rollout_logprobs.tolist()) == (2, [-1, -2])  # type: ignore[union-attr]
+    batch = packed_batch([made])
+    assert (batch.targets.tolist(), batch.scored_at.tolist(), batch.lengths.tolist()) == ([7, 8], [1, 4], [2])
+
+
+def test_tokens_that_tools_answered_are_in_no_denominator() -> None:
+    with_tool = scored([7, 90, 91, 8], 1.0, is_sampled=[True, False, False, True])
+    (update,) = updates_of([group([1], [with_tool, scored([5, 6, 7], 0.0)])])
+    assert (update.denominators.tokens, update.denominators.update_tokens, update.denominators.local_tokens) == (5, 5, 5)
+
+
+def test_an_advantage_that_was_never_set_is_an_error() -> None:
+    groups = [group([1], [Completion([2], truncated=False, advantage=0.0), Completion([3], truncated=False)])]
+    with pytest.raises(ValueError, match="completion 1 has no advantage; assign_advantages compares it with its group"):
+        numbered_samples(groups, 0)
+
+
+def test_samples_are_numbered_over_all_processes() -> None:
+    def work(peers: Peers) -> list[tuple[int, int]]:
+        (update,) = updates_of([scored_group([0.0, 1.0, 5.0])] * 2, peers, keep_zero_signal=True)
+        return [(item.completion, item.group) for item in update.samples]
+
+    first, second = on_processes(work)
+    assert first == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (5, 1)]
+    assert second == [(6, 2), (7, 2), (8, 2), (9, 3), (10, 3), (11, 3)]
+
+
+# ---- Denominators
+
+
+def test_denominators_count_all_processes() -> None:
+    """Of the rollout over its updates, and of each update by itself."""
+
+    def work(peers: Peers) -> list[Update]:
+        return updates_of([scored_group([0.0, 1.0], [[1, 2], [3, 5]][peers.rank])], peers, updates_per_rollout=2)
+
+    for updates, local in zip(on_processes(work), [(1, 2), (3, 5)], strict=True):
+        for update, local_tokens, update_tokens in zip(updates, local, (1 + 3, 2 + 5), strict=True):
             counts = update.denominators
-            assert (counts.tokens, counts.sequences, counts.num_processes) == (11 / 2, 4 / 2, 2)
-            assert (counts.local_tokens, counts.max_completion_length) == (local_tokens, 16)
+            assert (counts.tokens, counts.update_tokens, counts.local_tokens) == (11 / 2, update_tokens, local_tokens)
+            assert (counts.sequences, counts.num_processes, counts.max_completion_length) == (4 / 2, 2, 16)
+
+
+# ---- What is dropped
 
 
 def test_zero_signal_is_dropped_but_counted() -> None:
     """The first group has no signal, nor has the second's middle completion."""
     groups = [scored_group([1.0, 1.0, 1.0]), scored_group([0.0, 1.0, 2.0], [2, 4, 3])]
-    (update,) = make_plan().updates(groups, ALONE)
-    (batch,) = update.microbatches
-    assert batch.input_ids.tolist() == [[1, 2, 10, 12, 12]]
-    assert batch.advantages.tolist() == [-1.0, 1.0]
-    assert batch.weight == 1.0
-    assert (update.denominators.tokens, update.denominators.sequences) == (9 + 9, 6)
+    (update,) = updates_of(groups)
+    assert [item.ids for item in update.samples] == [(1, 2, 10, 10), (1, 2, 12, 12, 12)]
+    assert [item.advantages.tolist() for item in update.samples] == [[0, 0, -1, -1], [0, 0, 1, 1, 1]]
+    assert not update.idle
+    assert (update.denominators.tokens, update.denominators.update_tokens, update.denominators.sequences) == (18, 18, 6)
 
 
 def test_zero_signal_is_kept_when_asked() -> None:
     groups = [scored_group([1.0, 1.0, 1.0]), scored_group([0.0, 1.0, 2.0])]
-    (update,) = make_plan(keep_zero_signal=True).updates(groups, ALONE)
-    assert sum(batch.num_sequences for batch in update.microbatches) == 6
+    (update,) = updates_of(groups, keep_zero_signal=True)
+    assert len(update.samples) == 6
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_an_update_without_signal_still_runs_something(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "ids"),
+    [
+        ({}, (1, 2, 10)),
+        ({"whole_completions": True}, (1, 2, 10, 90, 91)),
+        ({"keep_zero_signal": True}, (1, 2, 10, 90, 91)),
+    ],
+    ids=["plain", "whole completions", "zero signal too"],
+)
+def test_what_follows_the_last_signal_is_dropped(options: dict[str, bool], ids: tuple[int, ...]) -> None:
+    """Here a tool's last answer; but not where the loss sums over whole completions, or every token counts."""
+    item = group([1, 2], [scored([10, 90, 91], 1.0, is_sampled=[True, False, False]), scored([11], 0.0)])
+    (update,) = updates_of([item], **options)
+    assert update.samples[0].ids == ids
+    assert update.samples[0].completion_length == 1
+
+
+def test_a_tail_without_signal_is_cut_off_with_all_that_belongs_to_it() -> None:
+    """Targets without gradient too: credit by token may give the last ones an advantage of 0."""
+    whole = sample(
+        [1, 2, 3, 4, 5, 6],
+        [1, 3, 5],
+        advantages=torch.tensor([0, 0.5, 0, -1, 0, 0]),
+        versions=torch.tensor([0, 1, 2]),
+        rollout_logprobs=torch.tensor([-1.0, -2.0, -3.0]),
+        old_logprobs=torch.tensor([-1.5, -2.5, -3.5]),
+    )
+    cut = make_plan()._pruned(whole)
+    assert cut is not None
+    assert (cut.ids, cut.is_target.tolist()) == ((1, 2, 3, 4), [False, True, False, True])
+    assert cut.advantages.tolist() == [0, 0.5, 0, -1]
+    assert cut.versions.tolist() == [0, 1]
+    assert cut.rollout_logprobs.tolist() == [-1.0, -2.0]  # type: ignore[union-attr]
+    assert cut.old_logprobs.tolist() == [-1.5, -2.5]  # type: ignore[union-attr]
+    assert cut.ref_logprobs is None
+    assert cut.completion_length == 3, "what losses divide by is the whole completion's"
+    assert make_plan(whole_completions=True)._pruned(whole) is whole
+    assert make_plan()._pruned(replace(whole, advantages=torch.zeros(6))) is None
+    assert until(whole, 6).ids == whole.ids
+
+
+@pytest.mark.parametrize("options", [{}, {"whole_completions": True}, {"balance": True}], ids=str)
+def test_an_update_without_signal_still_runs_something(options: dict[str, bool]) -> None:
     """Its shortest completion, times 0: every process takes every step."""
-    (update,) = make_plan(layout=layout).updates([scored_group([1.0, 1.0], [3, 2])], ALONE)
-    (batch,) = update.microbatches
-    assert (batch.weight, batch.targets.tolist()) == (0.0, [11, 11])
+    (update,) = updates_of([scored_group([1.0, 1.0], [3, 2])], **options)
+    assert update.idle
+    assert [item.ids for item in update.samples] == [(1, 2, 11, 11)]
 
 
 def test_truncated_completions_are_masked_when_asked() -> None:
     """They keep their part in the advantages, and leave the loss and its token counts."""
     groups = [scored_group([0.0, 1.0, 2.0], [4, 2, 3], truncated=(0,))]
-    (update,) = make_plan().updates(groups, ALONE)
+    (update,) = updates_of(groups)
     assert (targets(update), update.denominators.tokens) == ([10, 12], 9)
-    (update,) = make_plan(mask_truncated_completions=True).updates(groups, ALONE)
-    assert (targets(update), update.denominators.tokens, update.denominators.local_tokens) == ([12], 5, 5)
-    assert update.microbatches[0].advantages.tolist() == [1.0]
+    (update,) = updates_of(groups, mask_truncated_completions=True)
+    counts = update.denominators
+    assert (targets(update), counts.tokens, counts.update_tokens, counts.local_tokens) == ([12], 5, 5, 5)
+    assert update.samples[0].advantages.tolist() == [0, 0, 1, 1, 1]
 
 
 def test_all_truncated_is_an_update_without_signal() -> None:
     groups = [scored_group([0.0, 1.0], truncated=(0, 1))]
-    (update,) = make_plan(mask_truncated_completions=True).updates(groups, ALONE)
-    assert [batch.weight for batch in update.microbatches] == [0.0]
+    (update,) = updates_of(groups, mask_truncated_completions=True)
+    assert update.idle and len(update.samples) == 1
     assert update.denominators.tokens == 0
 
 
 @pytest.mark.parametrize("keep_zero_signal", [False, True])
 def test_completions_without_a_reward_are_as_if_they_had_never_been_sampled(keep_zero_signal: bool) -> None:
     """Their group, the denominators and the forward pass are those of the others alone, whatever else is kept."""
-    plan = make_plan(keep_zero_signal=keep_zero_signal, advantage="group")
-    (update,) = plan.updates([scored_group([0.0, 1.0, math.nan, 5.0, math.nan], [2, 3, 9, 1, 9])], ALONE)
-    (alone,) = plan.updates([scored_group([0.0, 1.0, 5.0], [2, 3, 1])], ALONE)
+    options: dict[str, Any] = {"keep_zero_signal": keep_zero_signal, "credit": ADVANTAGES["group"]}
+    (update,) = updates_of([scored_group([0.0, 1.0, math.nan, 5.0, math.nan], [2, 3, 9, 1, 9])], **options)
+    (alone,) = updates_of([scored_group([0.0, 1.0, 5.0], [2, 3, 1])], **options)
     assert update.denominators == alone.denominators
     assert targets(update) == [10, 11, 13]
-    for batch, other in zip(update.microbatches, alone.microbatches, strict=True):
-        assert torch.equal(batch.advantages, other.advantages)
-        assert batch.num_tokens == other.num_tokens
+    for made, other in zip(update.samples, alone.samples, strict=True):
+        assert torch.equal(made.advantages, other.advantages)
+    assert num_tokens(update.samples) == num_tokens(alone.samples)
 
 
 def test_a_rollout_without_any_reward_is_an_update_without_signal() -> None:
-    (update,) = make_plan(keep_zero_signal=True).updates([scored_group([math.nan, math.nan])], ALONE)
-    assert [batch.weight for batch in update.microbatches] == [0.0]
+    (update,) = updates_of([scored_group([math.nan, math.nan])], keep_zero_signal=True)
+    assert update.idle and len(update.samples) == 1
     assert (update.denominators.tokens, update.denominators.sequences) == (0, 1), "nothing is divided by 0"
 
 
 def test_completions_without_a_reward_count_over_all_processes() -> None:
     def work(peers: Peers) -> Update:
         rewards = [[0.0, 1.0, math.nan], [2.0, math.nan, math.nan]][peers.rank]
-        return make_plan().updates([scored_group(rewards, [1, 2, 4])], peers)[0]
+        return updates_of([scored_group(rewards, [1, 2, 4])], peers)[0]
 
-    for update in on_two_processes(work):
+    for update in on_processes(work):
         assert (update.denominators.tokens, update.denominators.sequences) == (1 + 2 + 1, 3)
+
+
+# ---- How a rollout is cut into updates
 
 
 def test_a_cut_through_a_group_has_its_prompt_in_both_updates() -> None:
     groups = [scored_group([0.0, 1.0, 2.0, 4.0]), scored_group([0.0, 3.0, 5.0, 7.0])]
-    updates = make_plan(updates_per_rollout=4).updates(groups, ALONE)
+    updates = updates_of(groups, updates_per_rollout=4)
     assert [targets(update) for update in updates] == [[10, 11], [12, 13], [10, 11], [12, 13]]
     three = [scored_group([0.0, 1.0, 5.0]), scored_group([0.0, 4.0, 5.0])]
-    halves = make_plan(updates_per_rollout=2).updates(three, ALONE)
+    halves = updates_of(three, updates_per_rollout=2)
     assert [targets(update) for update in halves] == [[10, 11, 12]] * 2
-    thirds = make_plan(updates_per_rollout=3).updates(three, ALONE)
+    thirds = updates_of(three, updates_per_rollout=3)
     assert [targets(update) for update in thirds] == [[10, 11], [10, 12], [11, 12]]
-    assert thirds[1].microbatches[0].input_ids.tolist() == [[1, 2, 12, 12, 1, 2, 10, 10]]
+    assert [item.ids[:3] for item in thirds[1].samples] == [(1, 2, 12), (1, 2, 10)]
     assert [update.denominators.tokens for update in thirds] == [6.0] * 3
 
 
-def test_micro_batches_keep_the_budget() -> None:
-    groups = [scored_group([0.0, 1.0, 3.0]), scored_group([0.0, 1.0, 3.0])]
-    (update,) = make_plan(tokens_per_microbatch=6).updates(groups, ALONE)
-    assert sorted(batch.num_tokens for batch in update.microbatches) == [4, 4, 6, 6]
+# ---- How processes share the work (the same gradient: invariant 2)
+
+
+def some_samples(seed: int, count: int) -> list[TrainingSample]:
+    """Groups of very different sizes."""
+    generator = random.Random(seed)
+    groups = []
+    for number in range(count):
+        lengths = [generator.choice((1, 5, 90)) for _ in range(4)]
+        completions = [Completion([7 + n] * length, truncated=False, advantage=float(n)) for n, length in enumerate(lengths)]
+        groups.append(group([100 * seed + number] * generator.choice((3, 40)), completions))
+    return numbered_samples(groups, 0, 4 * count * seed, count * seed)
+
+
+def imbalance(parts: list[list[TrainingSample]]) -> float:
+    """max / mean of the tokens."""
+    tokens = [num_tokens(part) for part in parts]
+    return max(tokens) * len(tokens) / sum(tokens)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_shares_are_even_and_hold_every_sample_once(count: int) -> None:
+    own = [some_samples(seed, 6) for seed in range(count)]
+    parts = shares([item for part in own for item in part], count)
+    assert sorted(item.completion for part in parts for item in part) == list(range(4 * 6 * count))
+    print(f"\n{count} processes: max / mean {imbalance(own):.2f} -> {imbalance(parts):.2f}")
+    assert imbalance(parts) < 1.05 and imbalance(parts) <= imbalance(own)
+
+
+def test_a_group_stays_whole() -> None:
+    """Its prompt is computed once."""
+    parts = shares([item for seed in range(3) for item in some_samples(seed, 6)], 3)
+    groups = [{item.group for item in part} for part in parts]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 18
+
+
+def test_every_process_finds_the_same_shares() -> None:
+    own = [some_samples(seed, 5) for seed in range(2)]
+    both = on_processes(lambda peers: balanced(own[peers.rank], peers))
+    everything = [item for part in own for item in part]
+    assert [[item.completion for item in part] for part in both] == [
+        [item.completion for item in part] for part in shares(everything, 2)
+    ]
+
+
+def test_a_process_that_gets_nothing_still_runs_something() -> None:
+    """One group has a signal, and one process takes it, whichever has sampled it."""
+    rewards = [[0.0, 1.0], [1.0, 1.0]]
+    updates = on_processes(lambda peers: updates_of([scored_group(rewards[peers.rank])], peers, balance=True)[0])
+    assert sorted(update.idle for update in updates) == [False, True]
+    assert all(update.samples for update in updates)

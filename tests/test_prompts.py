@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from grpo_hf.rollout.prompts import PromptOrder, checked_dataset, derived_seed, load_prompts, prepare_tokenizer
-from tests.tiny import WORDS, tiny_tokenizer
+from tests.tiny_models import WORDS, tiny_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' ' }}{% endfor %}"

@@ -16,6 +16,7 @@ import yaml
 from grpo_hf.cli.recipe import parse
 from grpo_hf.cli.train import build_trainer, main
 from grpo_hf.toy.train import LECTURE_PROMPTS
+from recipes.loop import train as train_loop
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -151,3 +152,10 @@ def test_accelerate_launches_a_recipe(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith(" held-out 3")
+
+
+def test_the_loop_on_one_page_learns() -> None:
+    rewards = train_loop(steps=16)
+    assert rewards[0] < 0.2
+    assert min(rewards[-3:]) > 0.8
+    assert len((ROOT / "recipes" / "loop.py").read_text().splitlines()) <= 60

@@ -8,7 +8,8 @@ from transformers import GenerationConfig
 from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.transformers_engine import SeededSampling, TransformersEngine, cut_at_stop
 from grpo_hf.types import Completion
-from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
+from tests.samples import VOCAB
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 STOPS = tuple(range(VOCAB - 20, VOCAB))
@@ -18,7 +19,7 @@ def sample(model, prompts, seeds, n: int = 1, **options) -> list[list[Completion
     """The groups, in order."""
     settings = {"max_completion_length": 6, "stop_token_ids": STOPS} | options
     engine = TransformersEngine(model, pad_token_id=VOCAB - 2, tokenizer=tiny_tokenizer())
-    engine.sync_weights()
+    engine.sync_weights(0)
     return [group for _, group in sorted(engine.sample(prompts, seeds, n, Sampling(**settings)), key=lambda item: item[0])]
 
 

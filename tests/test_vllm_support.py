@@ -17,7 +17,7 @@ from grpo_hf.rollout.vllm_support import (
     kv_cache_bytes,
     logprobs_mode,
 )
-from tests.tiny import tiny_model
+from tests.tiny_models import tiny_model
 
 SAMPLING = {"max_completion_length": 4, "stop_token_ids": ()}
 

@@ -24,7 +24,7 @@ from grpo_hf.rollout.weight_sync import (
     check_adapter,
     save_adapter,
 )
-from tests.tiny import tiny_model
+from tests.tiny_models import tiny_model
 
 
 def sent(model, *, everything: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -73,33 +73,72 @@ def test_weights_have_the_engines_dtype() -> None:
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
 
 
+class Sent:
+    """How many tensors an engine has been sent, by sync."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def load(self, weights: EngineWeights) -> None:
+        self.counts.append(len(list(weights)))
+
+
 def test_a_sync_takes_place_once_for_each_version() -> None:
-    model, version, syncs = lora(), 0, []
-    weights = WeightSync(model, torch.float32, lambda: version)
+    model, to = lora(), Sent()
+    weights = WeightSync(model, torch.float32)
     with pytest.raises(StaleEngineError, match="none"):
         weights.check()
-    assert weights.run(lambda tensors: syncs.append(len(list(tensors))), pytest.fail)
-    assert not weights.run(lambda tensors: syncs.append(0), pytest.fail)
+    weights.run(0, to.load, pytest.fail)
+    weights.run(0, to.load, pytest.fail)
     weights.check()
-    version = 1
-    with pytest.raises(StaleEngineError, match=r"after update 0.*update 1"):
-        weights.check()
-    assert weights.run(lambda tensors: syncs.append(len(list(tensors))), pytest.fail)
-    assert syncs == [len(sent(model, everything=True)), len(sent(model, everything=False))]
-    assert syncs[1] < syncs[0]
+    everything, changed = (len(sent(model, everything=every)) for every in (True, False))
+    assert to.counts == [everything]
+    weights.run(1, to.load, pytest.fail)
+    weights.check()
+    assert weights.held is not None and weights.held[0] == 1
+    assert to.counts == [everything, changed] and changed < everything
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_an_update_is_noticed_without_the_counter(optimizer) -> None:
     """As when one trainer trains twice, each time counting from 0."""
-    model = tiny_model()
-    weights = WeightSync(model, torch.float32, lambda: 0)
-    weights.run(lambda tensors: None, pytest.fail)
+    model, to = tiny_model(), Sent()
+    weights = WeightSync(model, torch.float32)
+    weights.run(0, to.load, pytest.fail)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer(model.parameters(), lr=0.1).step()
-    with pytest.raises(StaleEngineError):
+    with pytest.raises(StaleEngineError, match=r"those after update 0\); call sync_weights\(\) first"):
         weights.check()
+    weights.run(0, to.load, pytest.fail)
+    weights.check()
+    assert len(to.counts) == 2
+
+
+def test_a_sync_that_fails_leaves_no_claim() -> None:
+    """The engine may hold half of the weights: everything is sent again."""
+    model, to = lora(), Sent()
+    weights = WeightSync(model, torch.float32)
+    weights.run(0, to.load, pytest.fail)
+
+    def broken(weights: EngineWeights) -> None:
+        raise ConnectionError("gone")
+
+    with pytest.raises(ConnectionError):
+        weights.run(1, broken, pytest.fail)
+    with pytest.raises(StaleEngineError, match="none"):
+        weights.check()
+    weights.run(1, to.load, pytest.fail)
+    assert to.counts == [len(sent(model, everything=True))] * 2
+
+
+def test_an_adapter_alone_travels_after_the_base_weights() -> None:
+    model, to, adapters = lora(), Sent(), []
+    weights = WeightSync(model, torch.float32, "adapter")
+    for version in (0, 1, 2):
+        weights.run(version, to.load, adapters.append)
+    assert len(to.counts) == 1 and len(adapters) == 3
+    assert adapters[0].keys() == adapter_weights(model).keys()
 
 
 REFUSED = {
@@ -157,7 +196,7 @@ def compare_sharded() -> None:
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
     fully_shard(model)
-    assert WeightSync(model, torch.float32, lambda: 0).sharded
+    assert WeightSync(model, torch.float32).sharded
     assert sum(isinstance(p, DTensor) for p in model.parameters()) == len(list(model.parameters()))
     after = sent(model, everything=True), adapter_weights(model)
     for whole, cut in zip(before, after, strict=False):

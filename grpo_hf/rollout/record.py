@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers.utils import logging
 
 from grpo_hf.metrics import Metrics
 from grpo_hf.rewards.faults import Tally
@@ -19,6 +20,8 @@ from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.planning import num_sampled
 from grpo_hf.rollout.stream import Rollout
 from grpo_hf.types import Completion, Group
+
+logger = logging.get_logger(__name__)
 
 GroupSummary = list[dict[str, Any]]
 """length, truncated, reward, advantage and rewards (by name) of each completion of a group."""
@@ -74,6 +77,12 @@ def record_rollout(metrics: Metrics, rollout: Rollout, peers: Peers) -> None:
     signal = [any(item["advantage"] for item in group) for group in everyone]
     metrics.mean("frac_zero_signal_groups", len(signal) - sum(signal), len(signal))
     metrics.total("tokens/sampled", num_tokens(rollout.sampled))
+    logprobs = [x for group in rollout.groups for item in group.completions for x in item.rollout_logprobs or ()]
+    if any(x is None or math.isnan(x) for x in logprobs):
+        logger.warning_once(
+            "The engine gave some tokens no log-prob (None or NaN): these are trained on without the engine correction, and "
+            "their share is logged as sampling/frac_without_logprobs"
+        )
     if rollout.skipped is not None:
         metrics.mean("dynamic/skipped", rollout.skipped, len(everyone))
     if rollout.rounds is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -99,7 +100,25 @@ def checked_prompts(
         overlong_prompts=args.overlong_prompts,
         chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
     )
+    check_token_ids(prompts, name, tokenizer, config)
     return prompts if args.bad_gold_rows == "keep" else with_good_gold(prompts, name, args, scorer)
+
+
+def check_token_ids(prompts: PromptSet, name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Raise ValueError for a token of a prompt, or a pad token that will be needed, which the model has no embedding for."""
+    rows: float = getattr(config, "vocab_size", None) or math.inf
+    largest, row = max((max(ids), row) for ids, row in zip(prompts.ids, prompts.kept, strict=True))
+    pads = len(set(map(len, prompts.ids))) > 1 or tokenizer.eos_token_id < rows  # where none can end, nothing is filled up
+    for where, number in (
+        (f"{name}, row {row}: ", largest),
+        ("the tokenizer's pad token ", tokenizer.pad_token_id if pads else 0),
+    ):
+        if number >= rows:
+            raise ValueError(
+                f"{where}{tokenizer.convert_ids_to_tokens(number)!r} has the id {number}, but the model's embedding has "
+                f"{rows} rows: it does not know the token. Call model.resize_token_embeddings(len(tokenizer)) and give the "
+                "trainer that model, or take a tokenizer without added tokens (a pad token may be the eos token)"
+            )
 
 
 def with_good_gold(prompts: PromptSet, name: str, args: GRPOConfig, scorer: Scorer) -> PromptSet:

@@ -90,6 +90,11 @@ def _check_numbers(config: GRPOConfig) -> None:
             raise ValueError(f"{', '.join(f'{k}={v}' for k, v in values.items())}, but {rule} is needed")
     if config.auto_find_batch_size:
         raise ValueError("auto_find_batch_size=True would break up groups; lower tokens_per_microbatch instead")
+    if config.torch_compile:
+        raise ValueError(
+            "torch_compile=True compiles the model's own forward, which is not what is run here; leave it out. On a GPU the "
+            "attention over the token tree is compiled by itself"
+        )
     if config.sync_ref_model and not config.beta:
         raise ValueError("sync_ref_model=True needs a reference model, so beta > 0; beta is 0")
 
