@@ -31,10 +31,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-# vLLM takes long to start, and its engines stay to the end of the process: these are shared by all test files.
+# vLLM takes long to start: the tests of a file share its engines, and those of all files a server. An engine that goes takes
+# the process group of all others in its process along, so that none may be kept for another file.
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engines() -> dict[str, VLLMEngine]:
     """One engine in this process for each kind of head; a test hands it the model that it trains."""
     from tests.tiny_vllm import make_engine
@@ -42,7 +43,7 @@ def engines() -> dict[str, VLLMEngine]:
     return {"tied": make_engine(tied=True), "untied": make_engine(tied=False)}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def text_engine() -> VLLMEngine:
     """Holds a LoRA adapter beside the base weights, and decodes what it samples."""
     from tests.tiny_vllm import make_text_engine

@@ -63,7 +63,9 @@ def test_equal_logprobs_weigh_exactly_1(mode: str) -> None:
     assert corrected(equal, mode=mode, low=1.0, high=1.0)[0].tolist() == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("factor", [measured, *(partial(corrected, mode=mode) for mode in CORRECTION_MODES)], ids=str)
+@pytest.mark.parametrize(
+    "factor", [measured, *(partial(corrected, mode=mode) for mode in CORRECTION_MODES)], ids=["measured", *CORRECTION_MODES]
+)
 def test_weights_are_constants(factor: Callable[[TokenBatch], Any]) -> None:
     weights, metrics = factor(replace(BATCH, old_logprobs=BATCH.logprobs))
     assert not any(values.requires_grad for values in (weights, *metrics.values()))
@@ -90,9 +92,10 @@ def test_without_correction_the_difference_and_the_kl_are_measured() -> None:
     weights, _ = measured(sampled(RATIOS, [0, 0, 1, 1]))
     assert weights.tolist() == [1.0] * 4
     metrics = metrics_of(measured, sampled(RATIOS, [0, 0, 1, 1]))
-    assert metrics.keys() == {"sampling_logp_difference", "kl"}
+    assert metrics.keys() == {"sampling_logp_difference", "kl", "frac_without_logprobs"}
     assert metrics["sampling_logp_difference"] == pytest.approx([LN2, 0, 2 * LN2, LN2])
     assert metrics["kl"] == pytest.approx([1 - LN2, 0, 3 - 2 * LN2, -0.5 + LN2])
+    assert metrics["frac_without_logprobs"] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,9 @@ def test_weights_are_logged_before_their_bounds(mode, low, high, ratio, bounded)
 # ---- What an engine does not give
 
 
-@pytest.mark.parametrize("factor", [measured, *(partial(corrected, mode=mode) for mode in CORRECTION_MODES)], ids=str)
+@pytest.mark.parametrize(
+    "factor", [measured, *(partial(corrected, mode=mode) for mode in CORRECTION_MODES)], ids=["measured", *CORRECTION_MODES]
+)
 def test_without_an_engines_logprobs_there_is_nothing_to_correct(factor: Callable[[TokenBatch], Any]) -> None:
     weights, metrics = factor(token_batch([1.5, 0.5]))
     assert weights.tolist() == [1.0, 1.0]
