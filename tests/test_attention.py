@@ -50,7 +50,7 @@ TREES = {
         whole(7, 7),
     ],
     "a run that ends in a fork": [whole(1, 2, 3, 0), whole(1, 2, 3, 4, 0), whole(1, 2, 3, 5, 6, 0)],
-    **{f"random {seed}": samples_that_share(seed) for seed in range(4)},
+    **{f"random {seed}": samples_that_share(seed, count=40) for seed in range(4)},
 }
 
 
