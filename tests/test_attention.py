@@ -131,8 +131,9 @@ def assert_dense_attention(function, samples: list[TrainingSample], rule: ScoreR
 
     found = results(lambda *heads: function(*heads, tree_of(samples), rule), torch.float32)
     expected = results(lambda *heads: dense_attention(*heads, mask, rule), torch.float64)
+    scale = max(item.norm() for item in expected)  # a single key leaves queries a gradient of 0
     for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() < 3e-6 * max(1.0, other.norm().item())
+        assert (one - other).norm() < 2e-6 * scale
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
