@@ -12,7 +12,7 @@ from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
 from reward_fns.marks import scoped
 from reward_fns.math.find import find_answer, value_in
-from reward_fns.math.forms import Form, is_choice, read, right_side, with_unit
+from reward_fns.math.forms import Form, has_words, is_choice, read, right_side, with_unit
 from reward_fns.math.sympy import check, equal
 from reward_fns.math.text import ProseError, UnreadableError
 from reward_fns.math.units import NONE, PERCENT, Unit
@@ -97,7 +97,7 @@ def math(completion: str, answer: Form, *, mode: str = "lenient", percent: str =
     if percent not in _PERCENTS:
         raise ValueError(f"math cannot take percent={percent!r}; it is one of: {', '.join(_PERCENTS)}")
     strict = mode == "strict"
-    text = find_answer(completion, strict=strict)
+    text = find_answer(completion, strict=strict, words=has_words(answer))
     if text is None:
         return NO_ANSWER
     try:
