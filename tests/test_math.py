@@ -259,6 +259,8 @@ ABSURD = {
     "brackets": "(1," * 6000,
     "dollars": "$" * 20_000,
     "minus": "-" * 20_000,
+    "prices": "$1 " * 6_000,
+    "values": "1, 2 and " * 2_000,
 }
 
 

@@ -57,8 +57,9 @@ def math(completion: str, answer: Form, *, mode: str = "lenient", percent: str =
     these holds: `\\boxed{}` (several joined by a comma, `and` or `or` are one answer), `<answer>`, a line with `####`,
     "final answer is". In `lenient` mode an unmarked answer counts too: what follows the last "answer is" or "answer:" up to
     the end of its line, or else the value that the last sentence comes to; and of a marked sentence its value, but none that
-    it denies ("not 5") or only bounds ("at least 5"). Only the last 20,000 characters are searched, bold and other markup
-    does not matter, and what stands before `</think>` does not count (the option `scope`: auto, after_think, whole).
+    it denies ("not 5") or only bounds ("at least 5"). Only the last 20,000 characters are searched (2,000 for an unmarked
+    value), bold and other markup does not matter, and what stands before `</think>` does not count (the option `scope`:
+    auto, after_think, whole).
 
     Equal in both modes: numbers of one exact value, however written (1/2, 0.5, \\frac12; 1,234; 2 1/2; 3e2), never rounded;
     expressions that math-verify finds equal; sets and bare lists in any order; tuples, intervals and matrices in theirs,

@@ -14,6 +14,7 @@ MAX_COMPLETION = 20_000
 _SHORT = 100
 _FEW_WORDS = 3
 _ENDING = 200
+_UNMARKED = 2000
 
 _BETWEEN_BOXES = re.compile(r"\\q?quad|\\text|\\[()\[\],;! ]|[\s${}]")
 _JOINED = re.compile(r"(?P<join>[,;]?(?:and|or)?)(?:[A-Za-z]\w*=)?")
@@ -156,6 +157,8 @@ def _last_value(text: str, *, words: bool) -> str | None:
     short = text.strip()
     if len(short) <= _SHORT and "\n" not in short and _is_answer(_form(short), words=words):
         return short
+    if len(text) > _UNMARKED:
+        text = text[-_UNMARKED:].partition(" ")[2]
     values = list(_values(text))
     return _result(text, values)[2] if values and not _NO_IDEA.search(text[-_ENDING:]) else None
 
