@@ -39,8 +39,8 @@ VLLM_LAST = ["test_vllm_training", "test_vllm_engine", "invariants/test_5_engine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files, and keep each one's tests in one process (pytest-xdist's --dist loadgroup); those with vLLM all in one,
-    which share its engines."""
+    """Order the files, and keep each one's tests in one process (pytest-xdist's --dist loadgroup); those with vLLM in one
+    process, where they share its engines."""
     order = {name: place for place, name in enumerate([*SLOW_FIRST, "", *VLLM_LAST])}
     for item in items:
         name = str(item.path.relative_to(item.config.rootpath / "tests").with_suffix(""))

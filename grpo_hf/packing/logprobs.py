@@ -220,8 +220,8 @@ def _logits(hidden: Hidden, weight: Float[Tensor, "vocab dim"], temperature: flo
 
 
 def _blocks(logits: Float[Tensor, "row vocab"], *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of logits, and of what else has a row each, so few at a time on a CPU that one operation after another finds them in
-    its cache."""
+    """Rows of logits, and of what else has a row each, so few at a time on a CPU that one operation after another finds them
+    in its cache."""
     rows = max(1, LOGITS_PER_BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     return zip(logits.split(rows), *(values.split(rows) for values in others), strict=True)
 
