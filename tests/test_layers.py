@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": set(),
     "algorithm": {"types"},
     "packing": {"algorithm", "types"},
-    "rewards": {"algorithm", "types"},
+    "isolation": set(),
+    "rewards": {"isolation", "algorithm", "types"},
     "rollout": {"rewards", "packing", "algorithm", "types", "metrics"},
     "report": {"algorithm", "types"},
     "evaluation": BELOW_TRAINING,
@@ -28,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "toy": {"algorithm", "reward_fns", "rewards", "report"},
     "cli": BELOW_TRAINING | {"training", "evaluation", "report", "toy", "grpo_hf"},
     "recipes": BELOW_TRAINING | {"training", "evaluation", "report", "toy", "cli", "grpo_hf"},
-    "reward_fns": {"rewards", "types"},
+    "reward_fns": {"rewards", "isolation", "types"},
     "grpo_hf": BELOW_TRAINING | {"training", "evaluation"},
 }
 
