@@ -303,6 +303,33 @@ def test_what_a_run_reports():
     assert examine(program, tests[:1]).status == "ok"
 
 
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [("import sys; sys.exit(99)", "failed"), ("raise MemoryError", "memory"), ("exit(3)", "failed"), ("quit()", "ok")],
+)
+def test_how_a_program_ends(program, status):
+    with Sandbox(program) as box:
+        assert box.run().status == status
+
+
+def test_several_blocks_and_names_that_nobody_imports():
+    use = "```python\ndef square(x):\n    return x * x\n```\nTo use it:\n```python\nprint(square(3))\n```"
+    assert code(use, MBPP) == 1.0
+    solution = "class Solution:\n    def least(self, x: List[int]) -> int:\n        return heapq.nsmallest(1, x)[0]"
+    assert code(fenced(solution), "assert Solution().least([3, 1]) == 1") == 1.0
+    assert code(fenced(solution), "assert Solution().least([3, 1]) == 1", preamble="import heapq") == 0.0
+    assert code(fenced("print(gcd(4, 6), Counter('a')['a'])"), [{"input": "", "output": "2 1"}]) == 1.0
+
+
+def test_numbers_within_a_tolerance():
+    third = [{"input": "", "output": "0.333333 ok"}]
+    program = fenced("print(1/3, 'ok')")
+    assert code(program, third) == 0.0
+    assert code(program, third, tolerance=1e-5) == 1.0
+    assert code(program, [{"input": "", "output": "0.34 ok"}], tolerance=1e-5) == 0.0
+    assert code(program, [{"input": "", "output": "0.333333 no"}], tolerance=1e-5) == 0.0
+
+
 def test_sets_of_text_have_one_order_in_every_run():
     orders = set()
     for _ in range(3):

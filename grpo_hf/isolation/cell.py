@@ -140,13 +140,14 @@ def _run_case(job: dict[str, Any], cell: _Cell, given: int, milliseconds: int) -
     seconds = time.monotonic() - started
     _reap()
     size, error_size = os.fstat(out).st_size, os.fstat(err).st_size
+    error = os.pread(err, _MUCH, max(0, error_size - _MUCH))
     flooded = size >= job["file_bytes"]
     result = {
         "problem": None if ready else "its last walls could not be raised",
-        "status": stopped or _status(returncode, flooded),
+        "status": stopped or _status(returncode, flooded, error),
         "returncode": returncode,
         "stdout": os.pread(out, _MUCH if flooded else size, 0),
-        "stderr": os.pread(err, _MUCH, max(0, error_size - _MUCH)),
+        "stderr": error,
         "passed": os.pread(passed, _MUCH, 0),
         "seconds": seconds,
     }
@@ -187,13 +188,13 @@ def _keep_only(files: list[int]) -> int:
     return len(files)
 
 
-def _status(returncode: int, flooded: bool) -> str:
+def _status(returncode: int, flooded: bool, error: bytes) -> str:
     """Name the way a program ended by itself."""
     if returncode == -_SIGXCPU:
         return "timeout"
     if flooded:
         return "output_limit"
-    if returncode == inside.OUT_OF_MEMORY:
+    if returncode == 1 and error.endswith(inside.OUT_OF_MEMORY):
         return "memory"
     if returncode < 0:
         return "killed"

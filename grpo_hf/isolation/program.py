@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import os
 import sys
 from types import CodeType, ModuleType
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 PROGRAM = "<program>"
-OUT_OF_MEMORY = 99  # the exit status after a MemoryError
+OUT_OF_MEMORY = b"MemoryError\n"  # the end of standard error after one that nobody caught
 _TREE_ONLY = 0x400  # ast.PyCF_ONLY_AST
 
 _hook = sys.__excepthook__
@@ -65,7 +66,8 @@ def attempt(action: Callable[..., Any], *arguments: Any) -> int | None:
     except SystemExit as stop:
         return stop.code & 0xFF if isinstance(stop.code, int) else int(stop.code is not None)
     except MemoryError:
-        return OUT_OF_MEMORY
+        os.write(2, OUT_OF_MEMORY)
+        return 1
     except BaseException:
         _hook(*sys.exc_info())
         return 1
