@@ -102,9 +102,11 @@ _at_rest = (0, 0, False)
 _sent: dict[str, Any] = {}
 
 
-def start(memory_bytes: int) -> None:
-    """Put up a worker's walls; runs once, before its first call."""
+def start(memory_bytes: int, folder: str, path: list[str]) -> None:
+    """Put up a worker's walls, and look for modules where the trainer does; runs once, before its first call."""
     global _memory, _nowhere
+    os.chdir(folder)
+    sys.path[:] = path
     printed = _Printed(os.dup(2))
     _nowhere = os.open(os.devnull, os.O_RDWR)
     _mute()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -32,7 +34,9 @@ class Workers:
         memory = int(settings.memory_gb * 2**30)
 
         def setup(made: Worker) -> None:
-            made.call(worker.start, memory, timeout=LOAD_SECONDS)
+            folder = os.getcwd()
+            path = [place or folder for place in sys.path]
+            made.call(worker.start, memory, folder, path, timeout=LOAD_SECONDS)
 
         self.pool = Pool(settings.workers or default_count(), modules, setup)
         self.refused: dict[str, Verdict] = {}
