@@ -412,6 +412,15 @@ def apply(f, n):
 """,
         "assert apply(lambda g: g()+1, 5) == 5",
     ),
+    "coroutines": (
+        "import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1",
+        "import asyncio\nassert asyncio.run(f(1)) == 2\nasync def both(): return await f(1) + await f(2)\n"
+        "assert asyncio.run(both()) == 5",
+    ),
+    "a stream of the tests": (
+        "def f(stream): return [line.strip() for line in stream.readlines()]",
+        "import io\nassert f(io.StringIO('a\\nb')) == ['a', 'b']",
+    ),
     "an iterator": (
         """
 class It:
@@ -675,6 +684,10 @@ def f(x):
 def f(x):
     a=[]; a.append(a); return a
 """,
+    "changes what it was not given": (
+        "import os\ndef f(x):\n    m = b'=\\nu*1 2 3\\nkTrue\\ni0\\nl*4\\nu*5 6\\n^0\\nl'\n"
+        "    os.write(4, len(m).to_bytes(8, 'little') + m)\n    return 0"
+    ),
     "nan": "def f(x): return float('nan')",
     "inf digits": "def f(x): return 10**10**6",
     "str ansi": """

@@ -10,7 +10,7 @@ import io
 import marshal
 import os
 import sys
-from types import CodeType, FunctionType, GeneratorType, MethodType, ModuleType
+from types import BuiltinMethodType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 
 from grpo_hf.isolation import wire
 from grpo_hf.isolation.program import attempt
@@ -106,7 +106,7 @@ class _Solution(ModuleType):
 
 def _is_ours(value: Any) -> bool:
     """Whether the program may be given a value to ask: functions and classes of the tests, and what these make."""
-    if isinstance(value, MethodType):
+    if isinstance(value, MethodType | BuiltinMethodType):
         return _is_ours(value.__self__)
     if isinstance(value, FunctionType | type):
         return value.__module__ == "tests"
