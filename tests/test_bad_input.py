@@ -243,13 +243,22 @@ def test_a_failing_verifier_stops_the_run_under_its_name(tmp_path: Path, verifie
 
 
 def test_samples_that_no_verifier_scores_are_skipped(tmp_path: Path) -> None:
-    """NaN and None mean: does not apply. With no other score there is nothing to learn, and nothing breaks."""
-    trainer = tiny_trainer(tmp_path, reward=named(lambda completion: math.nan, "nothing"), max_steps=2)
+    """None means: does not apply. With no other score there is nothing to learn, and nothing breaks."""
+    trainer = tiny_trainer(tmp_path, reward=named(lambda completion: None, "nothing"), max_steps=2)
     before = weights(trainer.model)
     trainer.train()
     assert values(trainer, "frac_zero_signal_groups") == [1.0, 1.0]
     assert values(trainer, "grad_norm") == [0.0, 0.0]
     assert same(weights(trainer.model), before)
+
+
+def test_a_run_in_which_nothing_is_ever_scored_stops(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, reward=named(lambda completion: None, "nothing"), max_steps=9)
+    with pytest.raises(
+        RewardFaultError, match=r"no completion of 3 rollouts in a row has got a number .*'nothing' \d+ None"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 2
 
 
 # ---- Numbers that go bad

@@ -11,13 +11,14 @@ import time
 
 import pytest
 
+from grpo_hf.isolation import sandbox
+from grpo_hf.isolation.sandbox import Sandbox, examine
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, NoAnswer
 from grpo_hf.rewards.registry import get_reward
-from reward_fns import _code_tests, sandbox
 from reward_fns import code as code_module
-from reward_fns._code_tests import Asserts, Pairs, parse_tests
-from reward_fns.code import code, find_program
-from reward_fns.sandbox import Sandbox
+from reward_fns.code import code, find_program, preamble
+from reward_fns.code import tests as code_tests
+from reward_fns.code.tests import Asserts, Pairs, parse_tests
 
 SQUARE = "```python\ndef square(x):\n    return x * x\n```"
 SQUARE_INPUT = "```python\nprint(int(input()) ** 2)\n```"
@@ -30,7 +31,7 @@ def fenced(program: str) -> str:
     return f"```python\n{program}\n```"
 
 
-@pytest.mark.parametrize("module", [code_module, _code_tests, sandbox])
+@pytest.mark.parametrize("module", [code_module, code_tests, preamble, sandbox])
 def test_the_docstring_examples(module):
     results = doctest.testmod(module)
     assert results.attempted > 0 and results.failed == 0
@@ -45,7 +46,9 @@ def test_the_docstring_examples(module):
         ("```py\r\na\r\n```\r\n", "a\r"),
         ("```\na\n```\n```text\nb\n```", "b"),
         ("```python\na\n```\n```python\ncut o", "a"),
-        ("```python\ncut o", None),
+        ("```python\ncut o", "cut o"),
+        ("<think>\n```python\na\n```\n</think>\n```\nb\n```", "b"),
+        ("<think>\n```python\na\n```\n</think>\nno code", None),
         ("````python\ns = '''\n```\n'''\n````", "s = '''\n```\n'''"),
         ("1. So:\n   ```python\n   if x:\n       y\n\n   z\n   ```", "if x:\n    y\n\nz"),
         ("it is ```python print(1)```", None),
@@ -61,12 +64,14 @@ def test_find_program(completion, expected):
 
 @pytest.mark.parametrize("hostile", ["```x\n" * 100_000, "`" * 500_000, "```\n" * 100_001, " " * 500_000 + "```"])
 def test_finding_a_program_takes_linear_time(hostile):
-    find_program(hostile)
+    start = time.process_time()
+    find_program(hostile, defining=["square"])
+    assert time.process_time() - start < 2.0
 
 
 def test_no_block_is_no_answer():
     assert code("I cannot.", MBPP) is NO_ANSWER
-    assert isinstance(code("```python\ncut", MBPP), NoAnswer)
+    assert code("```python\ndef square(x): return x * x\n", MBPP) == 1.0
     assert code("def square(x): return x * x", MBPP, fenced=False) == 1.0
     assert not isinstance(code("```python\nx = 1\n```", MBPP), NoAnswer)
 
@@ -140,10 +145,13 @@ def test_preparations_come_before_their_test():
         ({"inputs": ["1"], "outputs": []}, "of one length"),
         ({"inputs": "1", "outputs": "1"}, "of one length"),
         ({"inputs": ["1"]}, "of one length"),
-        ({"fn_name": "f", "inputs": [[1]], "outputs": [1]}, "write asserts"),
+        ({"fn_name": "f", "inputs": [], "outputs": []}, "have no input"),
+        ({"fn_name": "f(", "inputs": [[1]], "outputs": [1]}, "or no name of a function"),
+        ({"fn_name": "f", "inputs": ["not JSON"], "outputs": ["1"]}, "does not hold arguments and a result"),
+        ({"fn_name": "f", "inputs": [1], "outputs": [1]}, "does not hold arguments and a result"),
         ([{"input": "1"}], "needs text as its 'output', not None"),
         ([{"input": 1, "output": "1"}], "needs text as its 'input', not 1"),
-        ([{"input": "[1]", "output": "1", "testtype": "functional"}], "write it as an assert"),
+        ([{"input": "[1]", "output": "1", "testtype": "functional"}], "calls a function; write"),
     ],
 )
 def test_unreadable_tests_are_bad_gold_with_the_reason(tests, reason):
@@ -165,8 +173,10 @@ def test_options_and_columns():
         code(SQUARE, MBPP, timeout=0)
     with pytest.raises(ValueError, match="memory_mb=8 is too little"):
         code(SQUARE, MBPP, memory_mb=8)
-    with pytest.raises(ValueError, match="isolation='none' is neither"):
-        code(SQUARE, MBPP, isolation="none")
+    with pytest.raises(ValueError, match="isolation='some' is none of 'full', 'limits', 'none'"):
+        code(SQUARE, MBPP, isolation="some")
+    with pytest.raises(ValueError, match=r"the preamble 'x = 1' must be imports .*: 'x = 1' is no import"):
+        code(SQUARE, MBPP, preamble="x = 1")
 
 
 CHEATS = {
@@ -190,7 +200,7 @@ CHEATS = {
     "def square(x): return [A()]",
     "equal by its class": "class M(type):\n    def __eq__(self, other): return True\n    __hash__ = type.__hash__\n"
     "class square(metaclass=M):\n    def __new__(cls, x): return cls",
-    "equal integer": "class A(int):\n    __eq__ = int.__ne__\ndef square(x): return A(5)",
+    "equal integer": "class A(int):\n    __eq__ = int.__ne__\ndef square(x): return A(7)",
     "mock": "from unittest.mock import ANY\ndef square(x): return ANY",
     "len": "import builtins\nbuiltins.len = lambda x: 4\ndef square(x): return []",
     "stdin": "import sys\nprint(sys.stdin.read())",
@@ -285,11 +295,39 @@ def test_what_a_run_reports():
         result = box.run()
     assert (result.status, result.returncode, result.stdout, result.passed) == ("failed", 1, "out\n", ())
     assert result.stderr.endswith("ValueError: why\n") and 0 < result.seconds < 5
-    with Sandbox("def f(x):\n    return x") as box:
-        tests = [compile(f"assert f({x}) == 1", "<tests>", "exec") for x in (1, 2, 1)]
-        assert box.test(tests, keep_going=True).passed == (True, False, True)
-        assert (box.test(tests).status, box.test(tests).passed) == ("failed", (True, False, False))
-        assert box.test(tests[:1]).status == "ok"
+    tests = [([compile(f"assert f({x}) == 1", "<tests>", "exec")], ["f"]) for x in (1, 2, 1)]
+    program = "def f(x):\n    return x"
+    assert examine(program, tests, keep_going=True).passed == (True, False, True)
+    result = examine(program, tests)
+    assert (result.status, result.passed) == ("failed", (True, False, False)) and "AssertionError" in result.stderr
+    assert examine(program, tests[:1]).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [("import sys; sys.exit(99)", "failed"), ("raise MemoryError", "memory"), ("exit(3)", "failed"), ("quit()", "ok")],
+)
+def test_how_a_program_ends(program, status):
+    with Sandbox(program) as box:
+        assert box.run().status == status
+
+
+def test_several_blocks_and_names_that_nobody_imports():
+    use = "```python\ndef square(x):\n    return x * x\n```\nTo use it:\n```python\nprint(square(3))\n```"
+    assert code(use, MBPP) == 1.0
+    solution = "class Solution:\n    def least(self, x: List[int]) -> int:\n        return heapq.nsmallest(1, x)[0]"
+    assert code(fenced(solution), "assert Solution().least([3, 1]) == 1") == 1.0
+    assert code(fenced(solution), "assert Solution().least([3, 1]) == 1", preamble="import heapq") == 0.0
+    assert code(fenced("print(gcd(4, 6), Counter('a')['a'])"), [{"input": "", "output": "2 1"}]) == 1.0
+
+
+def test_numbers_within_a_tolerance():
+    third = [{"input": "", "output": "0.333333 ok"}]
+    program = fenced("print(1/3, 'ok')")
+    assert code(program, third) == 0.0
+    assert code(program, third, tolerance=1e-5) == 1.0
+    assert code(program, [{"input": "", "output": "0.34 ok"}], tolerance=1e-5) == 0.0
+    assert code(program, [{"input": "", "output": "0.333333 no"}], tolerance=1e-5) == 0.0
 
 
 def test_sets_of_text_have_one_order_in_every_run():

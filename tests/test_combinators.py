@@ -20,13 +20,13 @@ from grpo_hf.rewards import (
     known_rewards,
     register_reward,
     registry,
-    score,
     score_samples,
 )
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, NoAnswer, parses_gold
 from grpo_hf.rewards.registry import register_combinator
 from grpo_hf.rewards.signature import judge_of, parser_of
 from grpo_hf.types import Sample
+from tests.scoring import score
 
 
 @pytest.fixture(autouse=True)

@@ -79,7 +79,7 @@ def test_the_number_of_samples(tmp_path: Path) -> None:
         scored.append(len(completions))
         return [0.0] * len(completions)
 
-    settings = {"reward": count, "per_device_eval_batch_size": 8}
+    settings = {"reward": {"name": count, "in_process": True}, "per_device_eval_batch_size": 8}
     held_out_trainer(tmp_path, HELD_OUT, **settings).evaluate()
     assert scored == [8, 8, 4], "four a prompt, as in training, in batches of completions"
     scored.clear()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def engine_is_off(run: Any, *, by: float) -> None:
     run.make_rollout = make_rollout
 
 
-def worse_and_worse() -> Callable[..., Any]:
+def worse_and_worse() -> dict[str, Any]:
     """Scores that are good for the first two rollouts."""
     calls = []
 
@@ -77,7 +76,7 @@ def worse_and_worse() -> Callable[..., Any]:
         calls.append(1)
         return [float(len(calls) <= 2)] * len(completions)
 
-    return falling
+    return {"name": falling, "in_process": True}
 
 
 def no_change(run: Any) -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
-from grpo_hf.rewards import get_reward, get_rewards, score, score_samples
+from grpo_hf.rewards import get_reward, get_rewards, score_samples
 from grpo_hf.rewards.reward_model import RewardModel
 from grpo_hf.types import Sample
 from tests.runs import logs
+from tests.scoring import score
 from tests.tiny import SIZES, tiny_model, tiny_tokenizer, tiny_trainer
 
 TEXTS = [("w1 w2", "w3 w4 w5"), ("w7", "w8"), ("w9 w1 w2 w3", "w4"), ("w5", "w6 w7 w8 w9 w1 w2")]
@@ -87,3 +88,9 @@ def test_a_trainer_takes_reward_models(tmp_path: Path) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ValueError, match="reward_processing_classes has 1 entries for 2 rewards"):
         tiny_trainer(tmp_path, reward_processing_classes=[tiny_tokenizer()], **options)
+
+
+def test_one_tokenizer_for_two_reward_models_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"reward": [classifier(), classifier()]}
+    with pytest.raises(ValueError, match="one tokenizer for 2 reward models"):
+        tiny_trainer(tmp_path, reward_processing_classes=tiny_tokenizer(), **options)

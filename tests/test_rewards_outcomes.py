@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def of_all(groups: list[Group], value: Callable[[Completion], Any]) -> list[Any]
 
 # ---- How calls are made
 
-WAYS = ["worker", "in_process", "async", "batch", "async batch"]
+WAYS = ["worker", "in_process", "async", "batch", "batch in_process", "async batch"]
 
 
 def in_way(way: str, judge: Callable[[str], Any]) -> Any:
@@ -76,8 +77,9 @@ def in_way(way: str, judge: Callable[[str], Any]) -> Any:
         await asyncio.sleep(0)
         return [judge(text) for text in completions]
 
-    forms = {"worker": one, "in_process": one, "async": one_async, "batch": batch, "async batch": batch_async}
-    return {"name": forms[way], "in_process": True} if way == "in_process" else forms[way]
+    forms = {"worker": one, "": one, "async": one_async, "batch": batch, "async batch": batch_async}
+    form, here = way.removesuffix("in_process").strip(), way.endswith("in_process")
+    return {"name": forms[form], "in_process": True} if here else forms[form]
 
 
 def judge(text: str) -> Any:
@@ -106,7 +108,7 @@ def test_outcomes_are_the_same_in_every_form(way: str) -> None:
         assert any("KeyError: 'as planned'" in item.verdict.message for item in tally[name].offenders["error"])
 
 
-@pytest.mark.parametrize("way", ["batch", "async batch"])
+@pytest.mark.parametrize("way", ["batch", "batch in_process", "async batch"])
 def test_a_batch_that_raises_is_an_error_of_all_its_samples(way: str) -> None:
     groups = [group("Q", ["right", "raise"]), group("Q", ["right"])]
     tally, _ = settle(in_way(way, judge), groups)
@@ -123,9 +125,55 @@ def test_a_batch_is_called_once_with_all_samples_in_the_prompts_order() -> None:
 
     chat = [{"role": "user", "content": "Q"}]
     groups = [group("Q", ["a", "b"], level=1), group(chat, ["c"], level=2)]
-    settle(f, groups)
+    settle({"name": f, "in_process": True}, groups)
     assert seen == [(["Q", "Q", chat], ["a", "b", [{"role": "assistant", "content": "c"}]], [1, 1, 2])]
     assert of_all(groups, lambda item: item.reward) == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_batch_has_the_deadline_of_its_samples_together(is_async: bool) -> None:
+    def f(completions: list[str], **kwargs: Any) -> list[float]:
+        time.sleep(1000 if "hang" in completions else 0.9)
+        return [1.0] * len(completions)
+
+    async def f_async(completions: list[str], **kwargs: Any) -> list[float]:
+        await asyncio.sleep(1000 if "hang" in completions else 0.9)
+        return [1.0] * len(completions)
+
+    verifier, settings = f_async if is_async else f, RewardSettings(timeout=0.5, workers=1)
+    start = time.monotonic()
+    tally, _ = settle(verifier, [group("Q", ["a", "b"]), group("Q", ["c", "d"])], settings=settings)
+    (calls,) = tally.values()
+    assert calls.outcomes == {"scored": 4}, "2 s for four samples"
+    groups = [group("Q", ["a", "hang"])]
+    tally, _ = settle(verifier, groups, settings=settings)
+    (calls,) = tally.values()
+    assert calls.outcomes == {"timeout": 2} and of_all(groups, lambda item: item.reward) == [0.0, 0.0]
+    assert calls.seconds == pytest.approx(1.0) and "deadline of 1 s" in calls.offenders["timeout"][0].verdict.message
+    assert time.monotonic() - start < 60
+
+
+def test_a_batch_runs_in_a_worker_with_a_memory_limit(tmp_path: Path) -> None:
+    def f(completions: list[str], trainer_state: Any, log_extra: Any, log_metric: Any, **kwargs: Any) -> list[float]:
+        if "huge" in completions:
+            bytearray(10 * 2**30)
+        log_extra("step", [trainer_state.global_step] * len(completions))
+        log_metric("n", len(completions))
+        return [float(os.getpid())] * len(completions)
+
+    groups = [group("Q", ["a", "b"])]
+    _, metrics = settle(f, groups, trainer_state=State(global_step=7))
+    assert os.getpid() not in of_all(groups, lambda item: item.reward)
+    assert metrics == {"n": [2.0]} and of_all(groups, lambda item: item.extra) == [{"step": 7}] * 2
+    tally, _ = settle(f, [group("Q", ["a", "huge"])], trainer_state=State(global_step=7))
+    assert tally["f"].outcomes == {"crash": 2}
+
+
+@dataclass
+class State:
+    """What a trainer's state has."""
+
+    global_step: int
 
 
 def test_rewards_are_weighted_sums_over_what_applies() -> None:
@@ -155,6 +203,43 @@ def test_weights_and_names_are_checked() -> None:
         Scorer([rewards[0]] * 2, [1.0, 1.0])
     with pytest.raises(ValueError, match="'exact_match' asks for the column 'answer'"):
         list(score_samples(rewards, [Sample("Q", "a", "a", [1], {"question": "b"})]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nan_is_an_error_and_none_is_not(way: str) -> None:
+    verdict = {"a": 1.0, "none": None, "nan": math.nan}
+    groups = [group("Q", ["a", "none", "nan"])]
+    tally, _ = settle(in_way(way, lambda text: verdict[text]), groups)
+    (calls,) = tally.values()
+    assert calls.outcomes == {"scored": 2, "error": 1} and calls.blank == 1
+    assert "expected a finite number, or None where it does not apply" in calls.offenders["error"][0].verdict.message
+
+
+def test_rewards_that_are_none_throughout_are_said_and_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    def never(completion: str) -> float | None:
+        return 1.0 if completion == "some" else None
+
+    def other(completions: list[str], **kwargs: Any) -> list[None]:
+        return [None] * len(completions)
+
+    scorer = Scorer(get_rewards([never, other]), settings=QUICK)
+
+    def rollout(*texts: str) -> Tally:
+        groups = [group("Q", texts)]
+        with scorer.round() as scoring:
+            scoring.add_group(0, groups[0])
+            return scorer.settle(groups, list(scoring.verdicts()), lambda *_: None)
+
+    for texts in (["a", "b"], ["a"], ["some", "a"], ["a"], ["a", "b"]):
+        stop_if_faulty(merged([rollout(*texts)]), QUICK)
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2 and "'never' 2 None; 'other' 2 None" in said[0]
+    third = rollout("a")
+    with pytest.raises(RewardFaultError, match=r"no completion of 3 rollouts in a row .*'never' 1 None; 'other' 1 None"):
+        stop_if_faulty(third, QUICK)
+    fine = {name: replace(calls, blank_rollouts=0) for name, calls in third.items()}
+    stop_if_faulty(merged([third, fine]), QUICK)
+    scorer.close()
 
 
 # ---- Async calls

@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from grpo_hf.rewards import RewardSettings, get_reward, register_reward, score_samples
-from grpo_hf.rewards.judging import MESSAGE_CHARACTERS
-from grpo_hf.rewards.parcels import verifier_parcel
+from grpo_hf.rewards.verdict import MESSAGE_CHARACTERS
+from grpo_hf.rewards.worker import verifier_parcel
 from grpo_hf.rewards.workers import Workers
 from grpo_hf.types import Sample
 
@@ -37,14 +37,14 @@ def sample(text: str, **row: Any) -> Sample:
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
-    made = Workers(count=2, timeout=20.0)
+    made = Workers(RewardSettings(workers=2, timeout=20.0))
     yield made
-    made.close()
+    made.pool.close()
 
 
 def outcome(workers: Workers, reward: Any, text: str = "a", **columns: Any) -> Any:
     keywords = {"completion": text, **columns}
-    return workers.call(verifier_parcel(get_reward(reward)), keywords, None).result()
+    return workers.judge(verifier_parcel(get_reward(reward)), keywords, None).result()
 
 
 # ---- The torture set
@@ -132,6 +132,17 @@ def leave_a_killer() -> float:
     return 1.0
 
 
+def write_everywhere() -> float:
+    """Junk to every file that is open, the worker's own among them."""
+    for descriptor in range(100):
+        try:
+            os.set_blocking(descriptor, False)
+            os.write(descriptor, b"junk" * 100)
+        except OSError:
+            pass
+    return 1.0
+
+
 class Spiteful:
     def __repr__(self) -> str:
         raise RuntimeError("no repr")
@@ -163,6 +174,7 @@ TORTURE: dict[str, tuple[Callable[[], Any], str]] = {
     "exits with 3": (lambda: os._exit(3), "crash"),
     "segmentation fault": (lambda: ctypes.string_at(0), "crash"),
     "closes every file": (lambda: os.closerange(0, 1000), "crash"),
+    "writes to every file": (write_everywhere, "crash"),
     "too many digits": (lambda: str(10 ** (10**6)), "error"),
     "a number of 10^6 digits": (lambda: 10 ** (10**6), "error"),
     "SystemExit": (lambda: sys.exit(1), "error"),
@@ -218,10 +230,55 @@ def test_the_torture_set_beside_a_thousand_good_samples() -> None:
 
 def descendants() -> set[psutil.Process]:
     """What this process's fork servers have forked, and what came of that."""
-    children = [child for child in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+    children = [
+        child for child in psutil.Process().children() if "grpo_hf.isolation import server" in " ".join(child.cmdline())
+    ]
     found = {process for server in children for process in server.children(recursive=True)}
     found |= {process for process in psutil.process_iter(["cmdline"]) if SLEEP in (process.info["cmdline"] or ())}
     return {process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE}
+
+
+# ---- What one verifier cannot do to another, and what does not count
+
+
+def test_what_a_verifier_patches_is_its_own_affair() -> None:
+    def patches(completion: str) -> float:
+        import builtins
+        import math
+
+        builtins.float = builtins.sum = lambda *args: 7.0  # type: ignore[misc, assignment]
+        math.sqrt = lambda x: 7.0  # type: ignore[assignment]
+        return 1.0
+
+    def honest(completion: str) -> float:
+        import math
+
+        return float(completion) + sum([1, 2]) + math.sqrt(4)
+
+    rewards = [get_reward(patches), get_reward(honest)]
+    settings = RewardSettings(workers=1, timeout=20.0)
+    verdicts = list(score_samples(rewards, [sample(str(n)) for n in range(20)], settings=settings))
+    assert [found["honest"].score for found in verdicts] == [n + 5.0 for n in range(20)]
+    assert {found["patches"].outcome for found in verdicts} == {"scored"}
+
+
+def test_imports_do_not_count_against_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        (tmp_path / f"slow_module_{number}.py").write_text("import time; time.sleep(0.8)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def imports(completion: str) -> float:
+        for number in range(4):
+            __import__(f"slow_module_{number}")
+        while completion == "hang":
+            pass
+        return 1.0
+
+    settings = RewardSettings(workers=1, timeout=2.0)
+    start = time.monotonic()
+    verdicts = list(score_samples([get_reward(imports)], [sample("a"), sample("hang"), sample("a")], settings=settings))
+    assert [found["imports"].outcome for found in verdicts] == ["scored", "timeout", "scored"]
+    assert time.monotonic() - start < 30
 
 
 # ---- What can be sent
@@ -301,7 +358,7 @@ def test_a_verifier_is_sent_once_to_each_worker(workers: Workers, tmp_path: Path
 
     thing = Loads()
     parcel = verifier_parcel(get_reward(lambda completion: float(thing is None)))
-    assert {workers.call(parcel, {"completion": "a"}, None).result().score for _ in range(20)} == {1.0}
+    assert {workers.judge(parcel, {"completion": "a"}, None).result().score for _ in range(20)} == {1.0}
     assert len(log.read_text().splitlines()) <= 2
 
 
@@ -336,7 +393,7 @@ def test_registered_and_yaml_forms_of_in_process() -> None:
 SCRIPT = """
 import os, signal, subprocess, sys, time
 from grpo_hf.rewards import RewardSettings, get_reward, score_samples
-from grpo_hf.rewards.parcels import verifier_parcel
+from grpo_hf.rewards.worker import verifier_parcel
 from grpo_hf.rewards.workers import Workers
 from grpo_hf.types import Sample
 
@@ -353,25 +410,25 @@ def hangs(completion):
 def right(completion):
     return 1.0
 
-workers = Workers(count=2, timeout=1000.0)
-ok = workers.call(verifier_parcel(get_reward(right)), {"completion": "a"}, None)
+workers = Workers(RewardSettings(workers=2, timeout=1000.0))
+ok = workers.judge(verifier_parcel(get_reward(right)), {"completion": "a"}, None)
 assert ok.result().score == 1.0
 mode = sys.argv[1]
 if mode == "fork":
     child = os.fork()
     if child == 0:
-        again = workers.call(verifier_parcel(get_reward(right)), {"completion": "a"}, None)
+        again = workers.judge(verifier_parcel(get_reward(right)), {"completion": "a"}, None)
         assert again.result().score == 1.0
         sys.exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    ok = workers.call(verifier_parcel(get_reward(right)), {"completion": "a"}, None)
+    ok = workers.judge(verifier_parcel(get_reward(right)), {"completion": "a"}, None)
     assert ok.result().score == 1.0
 elif mode != "idle":
-    hanging = workers.call(verifier_parcel(get_reward(hangs)), {"completion": "a"}, None)
+    hanging = workers.judge(verifier_parcel(get_reward(hangs)), {"completion": "a"}, None)
     time.sleep(0.5)
 print("ready", flush=True)
 if mode == "exception":
-    workers.close()
+    workers.pool.close()
     raise RuntimeError("as planned")
 if mode == "garbage":
     del workers, hanging

@@ -156,7 +156,7 @@ def test_chat_prompts(tmp_path: Path) -> None:
         seen.append((prompt, completion))
         return 0.0
 
-    rewards = [batch, {"name": one, "in_process": True}]
+    rewards = [{"name": verifier, "in_process": True} for verifier in (batch, one)]
     options = {"dataset": [{"prompt": chat}] * 2, "tokenizer": tokenizer, "reward": rewards}
     trainer = tiny_trainer(tmp_path, **options)
     trainer.train()

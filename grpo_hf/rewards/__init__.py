@@ -3,7 +3,6 @@
 from grpo_hf.rewards.combinators import clip, gate, weighted_sum
 from grpo_hf.rewards.faults import RewardFaultError
 from grpo_hf.rewards.gold import BadGold, check_gold
-from grpo_hf.rewards.judging import Verdict
 from grpo_hf.rewards.outcomes import FAULTS, NO_ANSWER, OUTCOMES, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import (
     Reward,
@@ -15,8 +14,8 @@ from grpo_hf.rewards.registry import (
     register_reward,
 )
 from grpo_hf.rewards.scorer import Scorer, score_samples
-from grpo_hf.rewards.scoring import score
 from grpo_hf.rewards.settings import RewardSettings
+from grpo_hf.rewards.verdict import Verdict
 
 __all__ = [
     "FAULTS",
@@ -39,7 +38,6 @@ __all__ = [
     "known_rewards",
     "parses_gold",
     "register_reward",
-    "score",
     "score_samples",
     "weighted_sum",
 ]

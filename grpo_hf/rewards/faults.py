@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from grpo_hf.rewards.judging import Verdict
 from grpo_hf.rewards.outcomes import FAULTS
 from grpo_hf.rewards.settings import RewardSettings
+from grpo_hf.rewards.verdict import Verdict
 
 SHOWN = 3
 """Calls that are shown for each verifier and outcome."""
 
+
+BLANK_ROLLOUTS = 3
+"""Rollouts in a row without a single number as reward, at which the run stops."""
 
 FEW = 15
 """Calls below which a single fault says little."""
@@ -44,6 +48,10 @@ class Calls:
     """All calls together."""
     slowest: float = 0.0
     """Seconds of the longest."""
+    blank: int = 0
+    """How many ended as scored, with None."""
+    blank_rollouts: int = 0
+    """Rollouts in a row, up to this one, in which no verifier gave any completion a number."""
     offenders: dict[str, list[Offender]] = field(default_factory=dict)
     """The longest of those that were no success, by outcome."""
 
@@ -60,6 +68,7 @@ class Calls:
     def add(self, verdict: Verdict, row: int | None, completion: str) -> None:
         """Count one."""
         self.outcomes[verdict.outcome] += 1
+        self.blank += verdict.outcome == "scored" and math.isnan(verdict.score)
         self.seconds += verdict.seconds
         self.slowest = max(self.slowest, verdict.seconds)
         if verdict.outcome != "scored":
@@ -68,6 +77,8 @@ class Calls:
     def merge(self, other: Calls) -> None:
         """Add another's, of another process or batch."""
         self.outcomes += other.outcomes
+        self.blank += other.blank
+        self.blank_rollouts = min(self.blank_rollouts, other.blank_rollouts)
         self.seconds += other.seconds
         self.slowest = max(self.slowest, other.slowest)
         for outcome, offenders in other.offenders.items():
@@ -87,7 +98,7 @@ def merged(tallies: Iterable[Tally]) -> Tally:
     total: Tally = {}
     for tally in tallies:
         for name, calls in tally.items():
-            total.setdefault(name, Calls()).merge(calls)
+            total.setdefault(name, Calls(blank_rollouts=calls.blank_rollouts)).merge(calls)
     return total
 
 
@@ -97,7 +108,7 @@ def too_many(calls: Calls, share: float) -> bool:
 
 
 def stop_if_faulty(tally: Tally, settings: RewardSettings) -> None:
-    """End the run where faults pass their share or an outcome's policy is "stop".
+    """End the run where faults pass their share, an outcome's policy is "stop", or nothing gets a number any more.
 
     Raises:
         RewardFaultError: with the counts, the worst calls and what to do.
@@ -119,6 +130,21 @@ def stop_if_faulty(tally: Tally, settings: RewardSettings) -> None:
                 "Mend the verifier or the rows (`grpo-hf verify` shows them without training), or change reward_timeout, "
                 "reward_memory_gb, reward_policy or reward_max_fault_share"
             )
+
+    if tally and all(calls.blank_rollouts >= BLANK_ROLLOUTS for calls in tally.values()):
+        raise RewardFaultError(
+            f"no completion of {BLANK_ROLLOUTS} rollouts in a row has got a number as reward, so there is nothing to learn:"
+            f" {found_by(tally)}. A verifier returns None where it does not apply; check the columns that it decides this by"
+        )
+
+
+def found_by(tally: Tally) -> str:
+    """What each verifier's calls have come to, in words."""
+    parts = []
+    for name, calls in tally.items():
+        counts = {"None": calls.blank, **calls.outcomes, "scored": calls.outcomes["scored"] - calls.blank}
+        parts.append(f"{name!r} {', '.join(f'{count} {what}' for what, count in counts.items() if count) or 'no call'}")
+    return "; ".join(parts)
 
 
 def _shown(offenders: Iterable[Offender]) -> str:

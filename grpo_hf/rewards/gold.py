@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from grpo_hf.rewards.judging import Verdict, failed
 from grpo_hf.rewards.registry import check_columns
+from grpo_hf.rewards.runners import parsed_gold
 from grpo_hf.rewards.scorer import Scorer
 from grpo_hf.rewards.settings import RewardSettings
-from grpo_hf.rewards.signature import Reward, parser_of
+from grpo_hf.rewards.signature import Reward
+from grpo_hf.rewards.verdict import Verdict
 
 AT_A_TIME = 16
 """Rows that a worker is given in one go."""
@@ -76,17 +76,9 @@ def _column(rows: Any, name: str, numbers: Sequence[int]) -> list[Any]:
 def _verdicts(scorer: Scorer, reward: Reward, values: list[Any]) -> Any:
     """How the parsing of each value ended."""
     if not reward.in_worker:
-        yield from (_parsed_here(reward, value) for value in values)
+        for parsed in (parsed_gold(reward, value) for value in values):
+            yield parsed if isinstance(parsed, Verdict) else Verdict("scored")
         return
     parts = [values[start : start + AT_A_TIME] for start in range(0, len(values), AT_A_TIME)]
     for future in [scorer.workers.parse_gold(scorer.parcels[reward.name], part) for part in parts]:
         yield from (gold.verdict for gold in future.result())
-
-
-def _parsed_here(reward: Reward, value: Any) -> Verdict:
-    start = time.perf_counter()
-    try:
-        parser_of(reward.function)(value)
-    except Exception as error:
-        return failed(error, time.perf_counter() - start, "bad_gold")
-    return Verdict("scored")

@@ -24,6 +24,8 @@ class RewardModel:
         ValueError: the named model is none of sequence classification.
     """
 
+    in_process = True  # a worker has no device, and nobody wants its weights twice
+
     def __init__(
         self,
         model: str | PreTrainedModel,

@@ -10,16 +10,15 @@ from dataclasses import is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from grpo_hf.rewards.background import Background
-from grpo_hf.rewards.calls import Batch, Here, InWorkers, Result
-from grpo_hf.rewards.faults import Calls, Tally
-from grpo_hf.rewards.judging import Verdict
+from grpo_hf.rewards.event_loop import EventLoop
+from grpo_hf.rewards.faults import Calls, Tally, found_by
 from grpo_hf.rewards.outcomes import FAULTS
-from grpo_hf.rewards.parcels import state_parcel, verifier_parcel
 from grpo_hf.rewards.registry import check_columns
-from grpo_hf.rewards.samples import sample_of
+from grpo_hf.rewards.runners import InProcess, InWorkers, Result, Runner
 from grpo_hf.rewards.settings import RewardSettings
 from grpo_hf.rewards.signature import Reward
+from grpo_hf.rewards.verdict import Verdict, sample_of
+from grpo_hf.rewards.worker import state_parcel, verifier_parcel
 from grpo_hf.rewards.workers import Workers
 from grpo_hf.types import Group, Sample
 
@@ -41,15 +40,11 @@ class Scorer:
             )
         if len(set(names)) != len(names):
             raise ValueError(f"two rewards have one name: {', '.join(names)}; get_rewards gives them different ones")
-        self.background = Background(concurrency=settings.concurrency, timeout=settings.timeout)
+        self.loop = EventLoop(concurrency=settings.concurrency, timeout=settings.timeout)
+        self._blank = 0
         self._said: dict[str, set[str]] = {name: set() for name in names}
         self.parcels = {reward.name: verifier_parcel(reward) for reward in self.rewards if reward.in_worker}
-        self.workers = Workers(
-            count=settings.workers,
-            timeout=settings.timeout,
-            memory_gb=settings.memory_gb,
-            modules={module for parcel in self.parcels.values() for module in parcel.modules},
-        )
+        self.workers = Workers(settings, frozenset().union(*(parcel.modules for parcel in self.parcels.values())))
 
     @contextmanager
     def round(self, trainer_state: Any = None) -> Iterator[Round]:
@@ -62,7 +57,7 @@ class Scorer:
 
     def close(self) -> None:
         """End the workers; they start again where they are needed."""
-        self.workers.close()
+        self.workers.pool.close()
 
     def settle(
         self, groups: Sequence[Group], verdicts: Sequence[Sequence[dict[str, Verdict]]], log_metric: Callable[..., None]
@@ -81,6 +76,7 @@ class Scorer:
                             log_metric(metric, value)
                 policies = {self.settings.policy_of(verdict.outcome) for verdict in by_name.values()}
                 completion.valid = policies.isdisjoint(("drop", "stop"))
+        self._count_blank(groups, tally)
         self._warn(tally)
         return tally
 
@@ -94,6 +90,16 @@ class Scorer:
                     f"The verifier {name!r} ended in {outcome} on row {offender.row}, counted from now on without a word as "
                     f"rewards/{name}/outcomes/{outcome}: {offender.verdict.message}"
                 )
+
+    def _count_blank(self, groups: Sequence[Group], tally: Tally) -> None:
+        """Count the rollouts in a row in which no completion has got a number, and say so at the first."""
+        scores = [score for group in groups for completion in group.completions for score in completion.rewards.values()]
+        if scores:
+            self._blank = self._blank + 1 if all(map(math.isnan, scores)) else 0
+        for calls in tally.values():
+            calls.blank_rollouts = self._blank
+        if scores and self._blank == 1:
+            logger.warning(f"No completion of this rollout has got a number as reward: {found_by(tally)}")
 
     def _score(self, verdict: Verdict) -> float:
         """Its score, or what the policy makes of its outcome."""
@@ -112,20 +118,22 @@ class Round:
         self.scorer, self.trainer_state = scorer, trainer_state
         self.samples: dict[int, Sequence[Sample]] = {}
         self.results: dict[int, list[dict[str, Result]]] = {}
-        self.calls = {reward.name: self._calls(reward) for reward in scorer.rewards if reward.per_sample}
+        self.runners = {reward.name: self._runner(reward) for reward in scorer.rewards}
+        self.at_once = [reward.name for reward in scorer.rewards if reward.per_sample]
 
     def expect(self, rows: Iterable[dict[str, Any]]) -> None:
         """Parse the gold answers of rows before their samples are there."""
         for row in rows:
-            for calls in self.calls.values():
-                calls.expect(row)
+            for name in self.at_once:
+                self.runners[name].expect(row)
 
     def add(self, place: int, samples: Sequence[Sample]) -> None:
         """Have samples judged; ``place`` is where their verdicts will be."""
         if samples and not self.samples:
             check_columns(self.scorer.rewards, samples[0].row)
         self.samples[place] = samples
-        self.results[place] = [{name: calls.submit(sample) for name, calls in self.calls.items()} for sample in samples]
+        by_name = {name: self.runners[name].submit(samples) for name in self.at_once}
+        self.results[place] = [{name: results[n] for name, results in by_name.items()} for n in range(len(samples))]
 
     def add_group(self, place: int, group: Group) -> None:
         """Have a group's completions judged."""
@@ -135,24 +143,20 @@ class Round:
         """By place in order, and sample: the verdict of each verifier by its name. Called when all samples are there."""
         places = sorted(self.samples)
         samples = [sample for place in places for sample in self.samples[place]]
-        rewards = self.scorer.rewards
-        started = [self._batch(reward, samples) for reward in rewards if not reward.per_sample]
-        batches = {batch.reward.name: iter(batch.verdicts()) for batch in sorted(started, key=lambda b: b.reward.is_async)}
+        rest = [reward for reward in self.scorer.rewards if not reward.per_sample and samples]
+        batches = {reward.name: iter(self.runners[reward.name].submit(samples)) for reward in rest}
         for place in places:
             yield [
-                {r.name: next(batches[r.name]) if r.name in batches else results[r.name]() for r in rewards}
+                {r.name: next(batches[r.name])() if r.name in batches else results[r.name]() for r in self.scorer.rewards}
                 for results in self.results[place]
             ]
 
-    def _calls(self, reward: Reward) -> InWorkers | Here:
+    def _runner(self, reward: Reward) -> Runner:
         scorer = self.scorer
         if not reward.in_worker:
-            return Here(reward, scorer.background, self.trainer_state)
-        more = [state_parcel(_plain(self.trainer_state))] if "trainer_state" in reward.built_ins else []
+            return InProcess(reward, scorer.loop, self.trainer_state)
+        more = [state_parcel(_plain(self.trainer_state))] if reward.takes_state else []
         return InWorkers(reward, scorer.parcels[reward.name], scorer.workers, tuple(more))
-
-    def _batch(self, reward: Reward, samples: Sequence[Sample]) -> Batch:
-        return Batch(reward, samples, self.scorer.background, self.trainer_state)
 
 
 def score_samples(

@@ -54,7 +54,12 @@ class Reward:
     @property
     def in_worker(self) -> bool:
         """Whether its calls go to worker processes, which deadlines and memory limits need."""
-        return self.per_sample and not self.is_async and not self.in_process
+        return not self.is_async and not self.in_process
+
+    @property
+    def takes_state(self) -> bool:
+        """Whether it is told the trainer's state: it names that, or is a batch form that takes everything, as in TRL."""
+        return "trainer_state" in self.built_ins or (not self.per_sample and self.accepts("trainer_state"))
 
     def accepts(self, name: str) -> bool:
         """Say whether the keyword `name` is to be passed to the function."""

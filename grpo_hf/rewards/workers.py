@@ -1,88 +1,147 @@
-"""Verifiers in worker processes: a deadline and a memory limit for each call, and only its sample is lost when one breaks.
-
-Each worker is a pebble pool of one. Workers of one pool would share a pipe and its locks, which a process that dies at the
-wrong moment takes with it; and a pool of one says without doubt which call its worker died of.
-"""
+"""Verifiers in worker processes: each call has a deadline and a memory limit, and one that breaks loses its sample alone."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import queue
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+import pickle
+import sys
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from typing import Any
 
-from grpo_hf.rewards.judging import Verdict
-from grpo_hf.rewards.lanes import Call, Gold, Jobs, Lane, Parse
-from grpo_hf.rewards.parcels import Parcel
-from grpo_hf.rewards.processes import start_server
+from grpo_hf.isolation.pool import LOAD_SECONDS, DiedError, Lane, LateError, Pool, Worker, default_count
+from grpo_hf.rewards import worker
+from grpo_hf.rewards.settings import RewardSettings
+from grpo_hf.rewards.verdict import Logged, Verdict, failed
+from grpo_hf.rewards.worker import Parcel
+
+
+@dataclass(frozen=True)
+class Gold:
+    """A parsed gold answer as bytes that only workers read, or why there is none."""
+
+    blob: bytes
+    verdict: Verdict
 
 
 class Workers:
-    """Worker processes, started when they are first needed and ended when this is garbage, or the interpreter is."""
+    """A pool whose workers hold verifiers, and what they could not load."""
 
-    def __init__(
-        self, *, count: int | None = None, timeout: float = 10.0, memory_gb: float = 4.0, modules: Iterable[str] = ()
-    ):
-        """``modules`` are loaded once, in the process that workers are forked from."""
-        self.count, self.modules = count or default_count(), set(modules)
-        self.timeout, self.memory_bytes = timeout, int(memory_gb * 2**30)
-        self._open()
+    def __init__(self, settings: RewardSettings, modules: frozenset[str] = frozenset()):
+        self.timeout = settings.timeout
+        memory = int(settings.memory_gb * 2**30)
 
-    def call(
+        def setup(made: Worker) -> None:
+            folder = os.getcwd()
+            path = [place or folder for place in sys.path]
+            made.call(worker.start, memory, folder, path, timeout=LOAD_SECONDS)
+
+        self.pool = Pool(settings.workers or default_count(), modules, setup)
+        self.refused: dict[str, Verdict] = {}
+
+    def judge(
         self, verifier: Parcel, keywords: dict[str, Any], gold: Future[list[Gold]] | None, *more: Parcel
-    ) -> Future[Verdict]:
+    ) -> Future[Any]:
         """Have a sample judged; ``more`` is what the call needs besides."""
-        return self._submit(Call(verifier, keywords, gold, more))
+
+        def job(lane: Lane) -> Verdict:
+            known = gold.result()[0] if gold is not None else None
+            if known is not None and known.verdict.outcome != "scored":
+                return known.verdict
+            try:
+                arguments = pickle.dumps(keywords)
+            except Exception as error:
+                return failed(error, 0.0)
+            slots = [parcel.slot for parcel in more]
+            asked = worker.call, verifier.slot, arguments, known and known.blob, slots
+            answer = self._ask(lane, [verifier, *more], self.timeout, *asked)
+            return answer if isinstance(answer, Verdict) else _verdict(answer)
+
+        return self.pool.submit(job)
+
+    def judge_all(self, verifier: Parcel, keywords: dict[str, Any], count: int, *more: Parcel) -> Future[Any]:
+        """Have all samples judged in one call, which has their deadlines together."""
+
+        def job(lane: Lane) -> list[Verdict]:
+            try:
+                arguments = pickle.dumps(keywords)
+            except Exception as error:
+                return [failed(error, 0.0)] * count
+            asked = worker.batch, verifier.slot, arguments, count, [parcel.slot for parcel in more]
+            answers = self._ask(lane, [verifier, *more], self.timeout * count, *asked)
+            if isinstance(answers, Verdict):
+                return [replace(answers, seconds=answers.seconds / count)] * count
+            verdicts = [_verdict(answer) for answer in answers]
+            return verdicts if len(verdicts) == count else verdicts[:1] * count
+
+        return self.pool.submit(job)
 
     def parse_gold(self, verifier: Parcel, values: Sequence[Any]) -> Future[list[Gold]]:
-        """Have gold answers parsed by one worker, in one go as long as nothing goes wrong."""
-        return self._submit(Parse(verifier, values))
+        """Have gold answers parsed: all in one go, and where that breaks each alone, with the deadline to itself."""
 
-    def close(self) -> None:
-        """Give up all calls and end the workers; the next call starts new ones."""
-        self._closed()
-        self._open()
+        def job(lane: Lane, values: Sequence[Any] = values) -> list[Gold]:
+            asked = worker.parse_gold, verifier.slot, pickle.dumps(values)
+            answers = self._ask(lane, [verifier], self.timeout, *asked)
+            if not isinstance(answers, Verdict):
+                return [_gold(answer[4], _verdict(answer, logs=False)) for answer in answers]
+            if answers.outcome == "error":  # not of the answers: the verifier cannot be loaded
+                return [Gold(b"", answers)] * len(values)
+            if len(values) == 1:
+                return [_gold(b"", answers)]
+            return [gold for value in values for gold in job(lane, [value])]
 
-    def _open(self) -> None:
-        self._process = os.getpid()
-        self._jobs: Jobs = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)
-        self._lanes: list[Lane] = []
-        self._closed = weakref.finalize(self, _close, self._jobs, self._lanes, self._process)
+        return self.pool.submit(job)
 
-    def _submit(self, job: Callable[[Lane], Any]) -> Future[Any]:
-        if os.getpid() != self._process:  # a fork: its threads and pipes are the parent's
-            self._closed.detach()
-            self._open()
-        if not self._lanes:
-            start_server(self.modules)
-        future: Future[Any] = Future()
-        self._jobs.put((job, future))
-        if not self._idle.acquire(blocking=False) and len(self._lanes) < self.count:
-            self._lanes.append(Lane(self._jobs, self._idle, self.timeout, self.memory_bytes))
-            # A daemon: the interpreter does not wait for calls that nobody waits for any more.
-            threading.Thread(target=self._lanes[-1].serve, name="verifier", daemon=True).start()
-        return future
+    def _ask(
+        self, lane: Lane, parcels: Sequence[Parcel], timeout: float, function: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        """What a function of `worker` answers, or a Verdict where the worker is killed, dies or lacks what it needs."""
+        start = time.perf_counter()
+        try:
+            made = lane.worker(parcels[0].slot)
+            for parcel in parcels:
+                if parcel.version in self.refused:
+                    return self.refused[parcel.version]
+                if made.sent.get(parcel.slot) != parcel.version:
+                    self._load(made, parcel)
+                    if parcel.version in self.refused:
+                        return self.refused[parcel.version]
+            answer = made.call(function, *arguments, timeout=timeout)
+        except LateError:
+            return Verdict("timeout", seconds=timeout, message=f"it ran past its deadline of {timeout:g} s and was killed")
+        except DiedError as error:
+            return Verdict("crash", seconds=time.perf_counter() - start, message=str(error))
+        if any(part[-1] for part in (answer if isinstance(answer, list) else [answer])):
+            made.end()
+        return answer
+
+    def _load(self, made: Worker, parcel: Parcel) -> None:
+        """Send a worker what it lacks; what it cannot load is not tried again for every sample."""
+        try:
+            verdict = _verdict(made.call(worker.load, parcel.slot, parcel.blob, timeout=LOAD_SECONDS))
+        except LateError:
+            verdict = Verdict("timeout", seconds=LOAD_SECONDS, message=f"it took more than {LOAD_SECONDS:g} s")
+        except DiedError as error:
+            verdict = Verdict("crash", message=str(error))
+        if verdict.outcome == "scored":
+            made.sent[parcel.slot] = parcel.version
+        else:
+            message = f"it cannot be loaded in a worker process: {verdict.message}"
+            self.refused[parcel.version] = replace(verdict, outcome="error", message=message)
 
 
-def default_count() -> int:
-    """Cores that this process may use, shared with the other training processes of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+def _gold(blob: bytes, verdict: Verdict) -> Gold:
+    """However its parsing failed, a gold answer that could not be parsed is a bad one."""
+    return Gold(blob, verdict if verdict.outcome == "scored" else replace(verdict, outcome="bad_gold"))
 
 
-def _close(jobs: Jobs, lanes: list[Lane], process: int) -> None:
-    if os.getpid() != process:
-        return
-    for lane in lanes:
-        lane.closed = True
-    with contextlib.suppress(queue.Empty):
-        while True:
-            jobs.get_nowait()[1].cancel()
-    for lane in lanes:
-        lane.close()
-        jobs.put((lambda lane: None, Future()))  # for it to notice
+def _verdict(answer: worker.Answer, *, logs: bool = True) -> Verdict:
+    """Read a worker's answer; what the verifier has logged are objects of its own, which may refuse."""
+    outcome, score, seconds, message, blob, _ = answer
+    try:
+        logged = pickle.loads(blob) if blob and logs else Logged()
+    except Exception as error:
+        return failed(error, seconds)
+    return Verdict(outcome, score, seconds, message, logged)

@@ -51,6 +51,12 @@ def check_reference(args: GRPOConfig, *, lora: bool) -> None:
 def checked_rewards(reward_funcs: Any, args: GRPOConfig, processing_classes: Any = None) -> tuple[list[Reward], list[float]]:
     """The verifiers and one weight each; tokenizers of reward models are given one for each reward, None for the others."""
     rewards = get_rewards(reward_funcs if reward_funcs is not None else [])
+    models = [reward.name for reward in rewards if hasattr(reward.function, "processing_class")]
+    if processing_classes is not None and not isinstance(processing_classes, list) and len(models) > 1:
+        raise ValueError(
+            f"reward_processing_classes is one tokenizer for {len(models)} reward models ({', '.join(models)}), which may"
+            " have different ones; give a list with one for each reward, None where the reward is no model"
+        )
     tokenizers = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(rewards)
     if len(tokenizers) != len(rewards):
         raise ValueError(

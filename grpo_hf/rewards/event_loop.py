@@ -7,18 +7,15 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
 
-from grpo_hf.rewards.judging import Verdict, judged
-
-Function = Callable[..., Any]
+from grpo_hf.rewards.verdict import Verdict
 
 
-class Background:
-    """An event loop in a thread, which outlives the calls, so that verifiers may keep their connections."""
+class EventLoop:
+    """An event loop in a thread, which outlives the calls, so that async verifiers may keep their connections."""
 
     def __init__(self, *, concurrency: int = 64, timeout: float = 10.0):
         self.concurrency, self.timeout = concurrency, timeout
@@ -26,46 +23,42 @@ class Background:
         self._loop: asyncio.AbstractEventLoop
         self._blocked: set[asyncio.AbstractEventLoop] = set()
 
-    def call(self, name: str, function: Function, keywords: dict[str, Any]) -> Callable[[], Verdict]:
-        """Judge one sample when fewer than ``concurrency`` others are; the deadline counts from there."""
+    def call(
+        self,
+        call: Callable[[], Coroutine[Any, Any, Any]],
+        verdict: Callable[[Callable[[], Any], float], Any],
+        timeout: float,
+        share: int,
+    ) -> Callable[[], Any]:
+        """Await a call when fewer than ``concurrency`` others run; its deadline counts from there.
+
+        ``verdict`` is made of what it returned or raised, and of its start; ``share`` is how many samples it is for.
+        """
         loop = self._running_loop()
-        future = asyncio.run_coroutine_threadsafe(self._judge(name, function, keywords), loop)
-        return lambda: self._result(future, loop)
+        future = asyncio.run_coroutine_threadsafe(self._judge(call, verdict, timeout, share), loop)
+        return lambda: self._result(future, loop, timeout, share)
 
-    def call_batch(self, function: Function, keywords: dict[str, Any]) -> Future[Any]:
-        """Call a batch form at once and without a deadline; it limits itself."""
-
-        async def work() -> Any:
-            return await function(**keywords)
-
-        return asyncio.run_coroutine_threadsafe(work(), self._running_loop())
-
-    async def _judge(self, name: str, function: Function, keywords: dict[str, Any]) -> Verdict:
-        async def work() -> Any:
-            return await function(**keywords)
-
+    async def _judge(self, call: Any, verdict: Any, timeout: float, share: int) -> Any:
         async with self._limit:
             start = time.perf_counter()
-            task = asyncio.create_task(work())
+            task = asyncio.create_task(_awaited(call))
             try:
-                done, _ = await asyncio.wait({task}, timeout=self.timeout)
+                done, _ = await asyncio.wait({task}, timeout=timeout)
             finally:
                 task.cancel()  # and does not wait for that: it may refuse
-            if not done:
-                return self._late("it ran past its deadline")
-            seconds = time.perf_counter() - start
-            return replace(judged(name, task.result, {}, caught=(Exception, asyncio.CancelledError)), seconds=seconds)
+            return verdict(task.result, start) if done else _late("it ran past its deadline", timeout, share)
 
-    def _result(self, future: Future[Verdict], loop: asyncio.AbstractEventLoop) -> Verdict:
+    def _result(self, future: Future[Any], loop: asyncio.AbstractEventLoop, timeout: float, share: int) -> Any:
         while True:
             try:
-                return future.result(0 if loop in self._blocked else self.timeout)
+                return future.result(0 if loop in self._blocked else timeout)
             except TimeoutError:
                 if loop in self._blocked or not self._responds(loop):
                     self._blocked.add(loop)
-                    return self._late(
+                    what = (
                         "an async verifier keeps the event loop to itself (await what takes time) and ran past its deadline"
                     )
+                    return _late(what, timeout, share)
 
     def _responds(self, loop: asyncio.AbstractEventLoop) -> bool:
         try:
@@ -73,9 +66,6 @@ class Background:
         except TimeoutError:
             return False
         return True
-
-    def _late(self, what: str) -> Verdict:
-        return Verdict("timeout", seconds=self.timeout, message=f"{what} of {self.timeout:g} s")
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         """The loop; a new one at first, in a fork, and where a verifier has blocked the old."""
@@ -85,3 +75,11 @@ class Background:
             threading.Thread(target=self._loop.run_forever, name="async verifiers", daemon=True).start()
             weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop).atexit = False
         return self._loop
+
+
+async def _awaited(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    return await call()
+
+
+def _late(what: str, timeout: float, share: int) -> Verdict:
+    return Verdict("timeout", seconds=timeout / share, message=f"{what} of {timeout:g} s")

@@ -7,10 +7,13 @@ import math
 import os
 import secrets
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Isolation = Literal["full", "limits"]
+Isolation = Literal["full", "limits", "none"]
+Preamble = Mapping[str, tuple[str, str | None]]
+"""For a name the module that has it, and what it is called there (None: it is the module)."""
 
 HOME = "/sandbox"
 
@@ -26,7 +29,7 @@ class Limits:
     file_mb: int = 16
     """Size of a file, and of what it may print."""
     disk_mb: int = 64
-    """Size of its folder, with isolation="full"; also 64 files for each MB."""
+    """Size of its folder; also 64 files for each MB."""
     open_files: int = 64
     processes: int = 16
     """Processes and threads together."""
@@ -38,16 +41,28 @@ class Limits:
                 raise ValueError(f"{name}={getattr(self, name)!r} is too little to run Python; give at least {value}")
 
 
-def make_job(program: str, limits: Limits, isolation: Isolation, home: str) -> dict[str, Any]:
-    """What the sandbox is told before its first case."""
+def make_job(
+    program: str,
+    limits: Limits,
+    isolation: Isolation,
+    home: str,
+    *,
+    preamble: Preamble | None = None,
+    judge: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """What the sandbox is told before its first case; ``judge`` are the files that one for tests is controlled by."""
     shown, links = _paths()
-    full, uid = isolation == "full", _own_user()
+    full = isolation == "full"
+    uid, judge_uid = (None, None) if isolation == "none" else (_own_user(), _own_user() if judge else None)
     counted_alone = uid is not None or (full and _kernel() >= (5, 14))
     return {
         "parent": os.getpid(),
         "program": program,
-        "namespaces": full,
+        "preamble": dict(preamble or {}),
+        "isolation": isolation,
         "uid": uid,
+        "judge": judge,
+        "judge_uid": judge_uid,
         "home": home,
         "shown": shown,
         "links": links,

@@ -12,6 +12,7 @@ import resource
 TYPE_CHECKING = False  # importing typing or collections.abc would take longer than the rest of the start
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -19,19 +20,21 @@ _STAGE = "/proc"  # the new root is laid over it: it is on every Linux and holds
 
 # Constants of <sched.h>, <sys/mount.h>, <sys/prctl.h>, <linux/landlock.h>, <linux/audit.h>, <linux/filter.h>.
 _NEW_USER = 0x10000000
-_NEW_OTHERS = 0x20000 | 0x4000000 | 0x8000000 | 0x20000000 | 0x40000000  # mounts, host name, IPC, process numbers, network
+_NEW_OTHERS = 0x20000 | 0x4000000 | 0x8000000 | 0x40000000  # mounts, host name, IPC, network
+_NEW_NUMBERS = 0x20000000
 _READ_ONLY, _NO_SUID, _NO_DEVICES, _REMOUNT, _BIND, _RECURSIVE, _PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 _STAT_RELATIME, _RELATIME = 4096, 1 << 21
 _KEPT_FLAGS = 1 | 2 | 4 | 8 | 1024 | 2048  # of statvfs, where they have the values that mount takes
 _SET_DEATH_SIGNAL, _SET_DUMPABLE, _SET_SECCOMP, _SET_SUBREAPER, _SET_NO_NEW_PRIVILEGES = 1, 4, 22, 36, 38
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _READ, _READ_FOLDER, _WRITE_DEVICE = 1 | 4, 8, 2
+_OWN_FILES = _READ | _READ_FOLDER | 2 | 32 | 256 | 1 << 14  # write, remove and make files, truncate them
 _MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}
-_LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_ALLOW, _REFUSE = 0x7FFF0000, 0x00050001  # the latter fails with EPERM
+_LOAD, _IF_EQUAL, _IF_AT_LEAST, _IF_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _REFUSE, _UNKNOWN = 0x7FFF0000, 0x00050001, 0x00050026  # the others fail with EPERM and, as if it were new, ENOSYS
 
-# System calls with their numbers on x86_64 and aarch64. They go past the namespaces (a socket of a family that has none),
-# hold memory that no limit counts, or are kernel surface that a program under test has no use for.
+# System calls with their numbers on x86_64 and aarch64 ("-": has none). They go past the namespaces (a socket of a family
+# that has none), hold memory that no limit counts, or are kernel surface that a program under test has no use for.
 _REFUSED = """
 socket 41 198
 ptrace 101 117
@@ -57,6 +60,8 @@ userfaultfd 323 282
 io_uring_setup 425 425
 pidfd_getfd 438 438
 """
+# Without namespaces also those that signal other processes of the user, leave the process group, change the priority, the
+# limits or the memory of another process, reach IPC objects, or change of a file what Landlock does not guard.
 _REFUSED_WITHOUT_NAMESPACES = """
 setpgid 109 154
 setsid 112 157
@@ -66,7 +71,70 @@ tgkill 234 131
 rt_sigqueueinfo 129 138
 rt_tgsigqueueinfo 297 240
 pidfd_send_signal 424 424
+setpriority 141 140
+ioprio_set 251 30
+sched_setparam 142 118
+sched_setscheduler 144 119
+sched_setaffinity 203 122
+sched_setattr 314 274
+migrate_pages 256 238
+move_pages 279 239
+process_madvise 440 440
+process_mrelease 448 448
+kcmp 312 272
+chroot 161 51
+umount2 166 39
+move_mount 429 429
+mount_setattr 442 442
+shmat 30 196
+shmctl 31 195
+semop 65 193
+semctl 66 191
+semtimedop 220 192
+msgsnd 69 189
+msgrcv 70 188
+msgctl 71 187
+mq_open 240 180
+mq_unlink 241 181
+inotify_init 253 -
+inotify_init1 294 26
+fanotify_init 300 262
+name_to_handle_at 303 264
+open_by_handle_at 304 265
+truncate 76 45
+chmod 90 -
+fchmod 91 52
+fchmodat 268 53
+fchmodat2 452 452
+chown 92 -
+fchown 93 55
+lchown 94 -
+fchownat 260 54
+utime 132 -
+utimes 235 -
+futimesat 261 -
+utimensat 280 88
+setxattr 188 5
+lsetxattr 189 6
+fsetxattr 190 7
+setxattrat 463 463
+removexattr 197 14
+lremovexattr 198 15
+fremovexattr 199 16
+removexattrat 466 466
+file_setattr 469 469
 """
+_CLONE, _CLONE3, _FCNTL, _IOCTL, _PRLIMIT = (56, 220), (435, 435), (72, 25), (16, 29), (302, 261)
+_NEW_ANY = 0x7E020000  # of clone's flags: a new namespace of any kind
+_SIGNALS_OTHERS = (8, 10, 15, 1024)  # of fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE
+_HARMLESS = (
+    0x5401,
+    0x5413,
+    0x541B,
+    0x5421,
+    0x5450,
+    0x5451,
+)  # of ioctl: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FION-, FIOCLEX
 
 
 def _call(name: str, *arguments: object) -> int:
@@ -103,13 +171,18 @@ def be_killed_first() -> None:
 
 
 def new_namespaces(as_root: bool) -> None:
-    """Leave the machine's mounts, network, IPC objects and host name; the next child is process 1 of a PID namespace."""
+    """Leave the machine's mounts, network, IPC objects and host name."""
     uid, gid = os.geteuid(), os.getegid()
     _call("unshare", ctypes.c_int(_NEW_OTHERS if as_root else _NEW_OTHERS | _NEW_USER))
     if not as_root:
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"{uid} {uid} 1")
         _write("/proc/self/gid_map", f"{gid} {gid} 1")
+
+
+def new_process_numbers() -> None:
+    """Have the next child be process 1 of a PID namespace."""
+    _call("unshare", ctypes.c_int(_NEW_NUMBERS))
 
 
 def new_root(shown: Iterable[str], links: dict[str, str], home: str, disk_mb: int, uid: int) -> None:
@@ -126,7 +199,7 @@ def new_root(shown: Iterable[str], links: dict[str, str], home: str, disk_mb: in
         os.symlink(target, _STAGE + path)
     os.makedirs(_STAGE + home)
     # An inode costs about 1 kB of kernel memory, so their number needs a limit besides the size.
-    options = f"size={disk_mb}m,nr_inodes={64 * disk_mb},mode=700,uid={uid},gid={uid}"
+    options = f"size={disk_mb}m,nr_inodes={64 * disk_mb},mode=1777,uid={uid},gid={uid}"
     _mount("none", _STAGE + home, "tmpfs", _NO_SUID | _NO_DEVICES, options)
     _mount(None, _STAGE, None, _REMOUNT | _BIND | _READ_ONLY | _NO_SUID | _NO_DEVICES)
     os.chroot(_STAGE)
@@ -171,16 +244,20 @@ def drop_privileges(uid: int | None) -> None:
 
 
 def restrict_files(shown: Iterable[str], home: str) -> None:
-    """Refuse files outside the `shown` paths and `home` with Landlock, where the kernel has it (from 5.13)."""
+    """Refuse files outside the `shown` paths and `home` with Landlock; in `home` there may be files, but no folders.
+
+    Raises:
+        OSError: the kernel has no Landlock.
+    """
     version = _libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
     if version < 1:
-        return
+        raise OSError("the kernel has no Landlock (Linux 5.13), so nothing would keep it from the user's files")
     everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     scopes = 3 if version >= 6 else 0  # abstract sockets and signals to processes outside
     attributes = (ctypes.c_uint64 * 3)(everything, 0, scopes)
     size = ctypes.c_size_t(24 if version >= 6 else 8)
     rules = _call("syscall", _LANDLOCK_CREATE, attributes, size, 0)
-    for path, access in [*((path, _READ) for path in shown), (home, everything)]:
+    for path, access in [*((path, _READ) for path in shown), (home, everything & _OWN_FILES)]:
         if path != home:
             access |= _READ_FOLDER if os.path.isdir(path) else _WRITE_DEVICE * path.startswith("/dev/")
         beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -192,9 +269,7 @@ def restrict_files(shown: Iterable[str], home: str) -> None:
 
 
 def restrict_calls(namespaces: bool) -> None:
-    """Refuse system calls with seccomp.
-
-    Without namespaces also those that signal other processes or leave the process group.
+    """Refuse system calls with seccomp; without namespaces more of them.
 
     Raises:
         OSError: the numbers of this machine's are not known here, and without namespaces they are needed.
@@ -205,17 +280,37 @@ def restrict_calls(namespaces: bool) -> None:
     if machine not in _MACHINES:
         raise OSError(f"seccomp on {machine} is not supported, only on {' and '.join(_MACHINES)}")
     column, architecture = _MACHINES[machine]
-    refused = _REFUSED + ("" if namespaces else _REFUSED_WITHOUT_NAMESPACES)
-    numbers = [int(line.split()[column]) for line in refused.splitlines() if line]
     steps = [(_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _REFUSE), (_LOAD, 0, 0, 0)]
-    steps.append((_IF_AT_LEAST, len(numbers) + 1, 0, 0x40000000))  # a second set of numbers on x86_64
-    steps += [(_IF_EQUAL, len(numbers) - index, 0, number) for index, number in enumerate(numbers)]
-    steps += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _REFUSE)]
+    steps += [(_IF_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _REFUSE)]  # a second set of numbers on x86_64
+    for line in (_REFUSED + ("" if namespaces else _REFUSED_WITHOUT_NAMESPACES)).split("\n"):
+        number = line.split()[column] if line else "-"
+        steps += [] if number == "-" else [(_IF_EQUAL, 0, 1, int(number)), (_RETURN, 0, 0, _REFUSE)]
+    rules = [_refused_if(_CLONE, 0, [(_IF_ANY_BIT, _NEW_ANY)]), [(_IF_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _UNKNOWN)]]
+    if not namespaces:
+        rules.append(_refused_if(_FCNTL, 1, [(_IF_EQUAL, command) for command in _SIGNALS_OTHERS]))
+        rules.append(_refused_if(_IOCTL, 1, [(_IF_EQUAL, command) for command in _HARMLESS], unless=True))
+        rules.append(_refused_if(_PRLIMIT, 0, [(_IF_EQUAL, 0)], unless=True))  # 0: the process itself
+    steps += [
+        (kind, yes, no, value[column - 1] if isinstance(value, tuple) else value)
+        for rule in rules
+        for kind, yes, no, value in rule
+    ]
+    steps.append((_RETURN, 0, 0, _ALLOW))
     code = b"".join(
         step.to_bytes(2, "little") + bytes([yes, no]) + value.to_bytes(4, "little") for step, yes, no, value in steps
     )
     filters = ctypes.create_string_buffer(code, len(code))
     _prctl(_SET_SECCOMP, 2, ctypes.byref((ctypes.c_uint64 * 2)(len(steps), ctypes.addressof(filters))))
+
+
+def _refused_if(
+    numbers: tuple[int, int], argument: int, tests: list[tuple[int, int]], *, unless: bool = False
+) -> list[tuple[int, int, int, Any]]:
+    """Steps that refuse a system call if (or unless) the low half of one of its arguments passes one of these tests."""
+    found, otherwise = (_ALLOW, _REFUSE) if unless else (_REFUSE, _ALLOW)
+    checks = [(kind, len(tests) - place, 0, value) for place, (kind, value) in enumerate(tests)]
+    steps = [(_LOAD, 0, 0, 16 + 8 * argument), *checks, (_RETURN, 0, 0, otherwise), (_RETURN, 0, 0, found)]
+    return [(_IF_EQUAL, 0, len(steps), numbers), *steps]
 
 
 def limit_resources(limits: dict[str, int]) -> None:

@@ -6,8 +6,9 @@ Answers are built of plain types and bytes only, so that whatever a verifier ret
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import hashlib
 import io
+import itertools
 import os
 import pickle
 import resource
@@ -16,40 +17,96 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import cloudpickle
 
-from grpo_hf.rewards.judging import Logged, Verdict, failed, judged
+from grpo_hf.rewards.loading import from_file, place_in_file
 from grpo_hf.rewards.signature import Reward, judge_of, parser_of
+from grpo_hf.rewards.verdict import BatchLogged, Logged, Verdict, failed, judged, judged_batch
 
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
 PRINTED_CHARACTERS = 2000
 """What all verifiers of a worker may print between them; an endless print must not fill the run's log."""
+
+Answer = tuple[str, float, float, str, bytes, bool]
+"""A verdict's outcome, score, seconds and message; pickled: what it logged, or the parsed gold answer; whether the worker is
+spent."""
+
+# ---- What is sent
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Something that a worker is sent once: a verifier, or the trainer's state."""
+
+    slot: str
+    """What calls name it by."""
+    version: str
+    """A worker that holds another version is sent this one."""
+    blob: bytes
+    """The thing itself."""
+    modules: frozenset[str] = frozenset()
+    """What loading it imports."""
+
+
+def verifier_parcel(reward: Reward) -> Parcel:
+    """Pack a verifier, by reference where workers can import it, else by value.
+
+    Raises:
+        ValueError: it holds something that cannot be sent to another process.
+    """
+    packed = io.BytesIO()
+    pickler = _Pickler(packed)
+    try:
+        pickler.dump(reward)
+    except Exception as error:
+        raise ValueError(
+            f"the verifier {reward.name!r} cannot be sent to worker processes: {error}. Let it make what it holds when it is"
+            " called, or register it with in_process=True, which goes without a deadline and a memory limit"
+        ) from error
+    digest = hashlib.sha256(packed.getvalue()).hexdigest()
+    return Parcel(digest, digest, packed.getvalue(), frozenset(pickler.modules))
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Has workers load a verifier's file, where it came from one, as this process did; notes what they will import."""
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file)
+        self.modules: set[str] = set()
+
+    def reducer_override(self, obj: Any) -> Any:
+        if (place := place_in_file(obj)) is not None:
+            return from_file, place
+        reduced = super().reducer_override(obj)
+        if reduced is NotImplemented and isinstance(obj, FunctionType | ModuleType | type):
+            self.modules.add(obj.__name__ if isinstance(obj, ModuleType) else obj.__module__)
+        return reduced
+
+
+_states = itertools.count()
+
+
+def state_parcel(state: Any) -> Parcel:
+    """Pack the trainer's state as it is now."""
+    return Parcel("trainer_state", str(next(_states)), cloudpickle.dumps(state))
+
+
+# ---- What is done there
 
 _memory = 0
 _nowhere = -1
 _at_rest = (0, 0, False)
 _sent: dict[str, Any] = {}
 
-Answer = tuple[str, float, float, str, bytes, bool]
-"""A verdict's outcome, score, seconds and message; pickled: what it logged, or the parsed gold answer; whether the worker is
-spent."""
 
-
-def start(memory_bytes: int) -> None:
-    """Put up a worker's walls; runs once, before its first call."""
+def start(memory_bytes: int, folder: str, path: list[str]) -> None:
+    """Put up a worker's walls, and look for modules where the trainer does; runs once, before its first call."""
     global _memory, _nowhere
-    os.setsid()  # its own group, so that all that it starts can be killed with it, and Ctrl-C does not reach it
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
-    os.close(server._forkserver_alive_fd)  # what tells the server that somebody lives is the trainer's alone
-    server._forkserver_alive_fd = None
-    die_with_parent()
-    adopt_orphans()
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # should the machine run out of memory, the trainer is not the one to go
+    os.chdir(folder)
+    sys.path[:] = path
     printed = _Printed(os.dup(2))
     _nowhere = os.open(os.devnull, os.O_RDWR)
     _mute()
@@ -73,16 +130,29 @@ def load(slot: str, blob: bytes) -> Answer:
 def call(slot: str, arguments: bytes, gold: bytes | None, more: list[str]) -> Answer:
     """Judge one sample."""
 
-    def judge() -> tuple[Verdict, bytes]:
+    def judge() -> list[tuple[Verdict, bytes]]:
         reward: Reward = _sent[slot]
         logged = Logged()
-        keywords = pickle.loads(arguments) | {k: v for k, v in logged.keywords().items() if reward.accepts(k)}
-        keywords |= {name: _sent[name] for name in more}
+        keywords = pickle.loads(arguments) | logged.keywords(reward) | {name: _sent[name] for name in more}
         function = reward.function
         if gold is not None:
             keywords[str(reward.gold_column)], function = pickle.loads(gold), judge_of(reward.function)
-        verdict = judged(reward.name, function, keywords, caught=BaseException)
-        return verdict, cloudpickle.dumps(logged) if logged.metrics or logged.extra else b""
+        verdict = judged(reward.name, lambda: function(**keywords), caught=BaseException)
+        return [(verdict, _packed(logged))]
+
+    return _guarded(judge)[0]
+
+
+def batch(slot: str, arguments: bytes, count: int, more: list[str]) -> list[Answer]:
+    """Judge all samples of a rollout; one answer where what it logged could not be sent."""
+
+    def judge() -> list[tuple[Verdict, bytes]]:
+        reward: Reward = _sent[slot]
+        logged = BatchLogged(count=count)
+        keywords = pickle.loads(arguments) | logged.keywords(reward) | {name: _sent[name] for name in more}
+        start = time.perf_counter()
+        verdicts = judged_batch(reward.name, lambda: reward.function(**keywords), logged, start, caught=BaseException)
+        return [(verdict, _packed(verdict.logged)) for verdict in verdicts]
 
     return _guarded(judge)
 
@@ -92,29 +162,31 @@ def parse_gold(slot: str, values: bytes) -> list[Answer]:
     reward: Reward = _sent[slot]
     parse = parser_of(reward.function)
 
-    def one(value: Any) -> Callable[[], tuple[Verdict, bytes]]:
-        def parsed() -> tuple[Verdict, bytes]:
-            return Verdict("scored"), cloudpickle.dumps(parse(value))
+    def one(value: Any) -> Callable[[], list[tuple[Verdict, bytes]]]:
+        return lambda: [(Verdict("scored"), cloudpickle.dumps(parse(value)))]
 
-        return parsed
-
-    return [_guarded(one(value)) for value in pickle.loads(values)]
+    return [_guarded(one(value))[0] for value in pickle.loads(values)]
 
 
-def _guarded(work: Callable[[], tuple[Verdict, bytes]]) -> Answer:
+def _guarded(work: Callable[[], list[tuple[Verdict, bytes]]]) -> list[Answer]:
     """Do the work; afterwards undo or notice what it has left behind."""
     process, output = os.getpid(), sys.stdout
     start = time.perf_counter()
     try:
-        verdict, blob = work()
+        found = work()
     except BaseException as error:
-        verdict, blob = failed(error, time.perf_counter() - start), b""
+        found = [(failed(error, time.perf_counter() - start), b"")]
     if os.getpid() != process:  # a fork that the verifier has made came back too
         os._exit(1)
     signal.setitimer(signal.ITIMER_REAL, 0)
     sys.stdout = sys.stderr = output
     _mute()
-    return _answer(verdict, blob, spent=verdict.outcome == "crash" or _left_something())
+    spent = any(verdict.outcome == "crash" for verdict, _ in found) or _left_something()
+    return [_answer(verdict, blob, spent=spent) for verdict, blob in found]
+
+
+def _packed(logged: Logged) -> bytes:
+    return cloudpickle.dumps(logged) if logged.metrics or logged.extra else b""
 
 
 def _mute() -> None:
@@ -158,21 +230,6 @@ def _memory_used() -> int:
     with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[5]) * resource.getpagesize()
     return 0
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends."""
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def adopt_orphans() -> None:
-    """Become the parent of descendants that lose theirs, so that they can be found."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
 class _Printed(io.TextIOBase):
