@@ -6,6 +6,7 @@ so generation and padded batches go on as before under the same name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -81,14 +82,19 @@ def tree_attention(
     if tree is None:
         out = attend(query, key, value, rule, attention_mask)  # transformers' sdpa would leave a softcap out
     else:
-        plain = softcap is None and rule.sees_all(tree.longest) and query.shape[-1] == value.shape[-1]
-        compute = _flex if query.is_cuda else cascade if plain else by_path  # the fastest of those that can do it
-        out = compute(query, key, value, tree, rule)
+        out = _implementation(query, value, tree, rule)(query, key, value, tree, rule)
     return rearrange(out, "batch head time dim -> batch time head dim").contiguous(), None
+
+
+def _implementation(query: Heads, value: Tensor, tree: TokenTree, rule: ScoreRule) -> Callable[..., Heads]:
+    """What is fastest of those that can do it."""
+    plain = rule.softcap is None and rule.sees_all(tree.longest) and query.shape[-1] == value.shape[-1]
+    return _flex if query.is_cuda else cascade if plain else by_path
 
 
 def by_path(query: Heads, key: Tensor, value: Tensor, tree: TokenTree, rule: ScoreRule) -> Heads:
     """One attention call a node, whose keys are those of the path to it, as far as the window reaches; for any rule."""
+    key, value = (repeat_kv(states, query.shape[1] // states.shape[1]) for states in (key, value))
     paths: list[list[slice]] = []
     parts = []
     for node in tree.nodes:

@@ -62,12 +62,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _why_not(
-    model: PreTrainedModel,
-    layout: str,
-    samples: list[TrainingSample],
-    expected: Tensor,
-    tolerance: float,
-    own_attention: str,
+    model: PreTrainedModel, layout: str, samples: list[TrainingSample], expected: Tensor, tolerance: float, attention: str
 ) -> str | None:
     if layout == "packed" and not model._supports_attention_backend:
         return "its attention does not go through transformers' AttentionInterface"
@@ -77,7 +72,7 @@ def _why_not(
     ):
         return "its attention has dropout (disable_dropout=True switches that off)"
     if model._supports_attention_backend:
-        model.set_attn_implementation(TOKEN_TREE if layout == "packed" else own_attention)
+        model.set_attn_implementation(TOKEN_TREE if layout == "packed" else attention)
     batch = packed_batch(samples) if layout == "packed" else padded_batch(samples)
     try:
         logprobs, _ = batch_logprobs(model, batch.to(model.device))
