@@ -4,7 +4,8 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
 # These start vLLM in their own process, which changes it for whatever comes after.
-VLLM_TESTS := tests/test_vllm_engine.py tests/test_vllm_training.py tests/test_vllm_server.py
+VLLM_TESTS := tests/test_vllm_engine.py tests/test_vllm_training.py tests/test_vllm_server.py \
+	tests/invariants/test_5_engine_logprobs.py
 
 .PHONY: setup test lint demo
 setup: .venv/ready
@@ -24,6 +25,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 demo: setup
 	$(BIN)/python recipes/train.py recipes/sorting_lm.yaml

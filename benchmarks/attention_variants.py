@@ -1,6 +1,6 @@
-"""Ways to attend over a packed row, under names that a model can be switched to, and where each of them runs.
+"""Ways to attend over a token tree, under names that a model can be switched to, and where each of them runs.
 
-`by_span`, `cascade` and `flex` are grpo_hf's own; `varlen` is one call of flash attention over gathered keys.
+`by_path`, `cascade` and `flex` are grpo_hf's own; `varlen` is one call of flash attention over gathered keys.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from grpo_hf.packing import attention
-from grpo_hf.packing.attention import SHARED_PREFIX, ScoreRule
-from grpo_hf.types import PrefixLayout
+from grpo_hf.packing.attention import TOKEN_TREE, ScoreRule
+from grpo_hf.types import TokenTree
 
-Attend = Callable[[Tensor, Tensor, Tensor, PrefixLayout, ScoreRule], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, TokenTree, ScoreRule], Tensor]
 
 
-def varlen(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, rule: ScoreRule) -> Tensor:
-    """torch.nn.attention.varlen: a prompt is a sequence, and so is a completion, whose keys are its prompt's and its own."""
+def varlen(query: Tensor, key: Tensor, value: Tensor, tree: TokenTree, rule: ScoreRule) -> Tensor:
+    """torch.nn.attention.varlen: each node is a sequence, whose keys are those of the path to it and its own."""
     from torch.nn.attention.varlen import varlen_attn
 
     if rule.softcap is not None:
         raise ValueError(f"varlen_attn has no softcap, got {rule.softcap}")
-    if "varlen" not in layout.block_masks:
-        layout.block_masks["varlen"] = _sequences(layout)  # type: ignore[index]
-    keys, *sizes = layout.block_masks["varlen"]  # type: ignore[index]
+    if "varlen" not in tree.block_masks:
+        tree.block_masks["varlen"] = _sequences(tree)  # type: ignore[index]
+    keys, *sizes = tree.block_masks["varlen"]  # type: ignore[index]
     takes = inspect.signature(varlen_attn).parameters  # they differ between torch 2.11 and 2.13
     options: dict[str, Any] = {"scale": rule.scaling} if "scale" in takes else {}
     if "window_size" in takes:
@@ -50,22 +50,22 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, rule
     return rearrange(out, "time head dim -> 1 head time dim")
 
 
-def _sequences(layout: PrefixLayout) -> tuple[Any, ...]:
-    """Where the keys of all sequences lie, one sequence after another, and where the sequences' queries and keys end."""
-    queries, keys = [], []
-    for prompt, completions in layout.spans:
-        queries += [prompt, *completions]
-        keys += [[*prompt], *([*prompt, *completion] for completion in completions)]
+def _sequences(tree: TokenTree) -> tuple[Any, ...]:
+    """Where the keys of all nodes' paths lie, one path after another, and where the nodes' queries and keys end."""
+    keys: list[list[int]] = []
+    for node in tree.nodes:
+        keys.append([*(keys[node.parent] if node.parent >= 0 else []), *node.span])
+    queries = [node.span for node in tree.nodes]
 
-    def ends(parts: list[Any]) -> Tensor:
-        return torch.tensor([0, *map(len, parts)]).cumsum(0).to(layout.prompt_of.device, torch.int32)
+    def ends(parts: Sequence[Any]) -> Tensor:
+        return torch.tensor([0, *map(len, parts)]).cumsum(0).to(tree.reach.device, torch.int32)
 
-    places = torch.tensor([place for part in keys for place in part], device=layout.prompt_of.device)
+    places = torch.tensor([place for part in keys for place in part], device=tree.reach.device)
     return places, ends(queries), ends(keys), max(map(len, queries)), max(map(len, keys))
 
 
 VARIANTS: dict[str, Attend] = {
-    "by_span": attention.by_span,
+    "by_path": attention.by_path,
     "cascade": attention.cascade,
     "flex": lambda *args: attention._flex(*args),
     "varlen": varlen,
@@ -92,7 +92,7 @@ def register() -> Sequence[str]:
     for name, attend in VARIANTS.items():
         AttentionInterface.register(f"bench_{name}", _as_interface(attend))
         AttentionMaskInterface.register(f"bench_{name}", sdpa_mask)
-    return SHARED_PREFIX, *(f"bench_{name}" for name in VARIANTS)
+    return TOKEN_TREE, *(f"bench_{name}" for name in VARIANTS)
 
 
 def _as_interface(attend: Attend) -> Callable[..., tuple[Tensor, None]]:
@@ -103,11 +103,11 @@ def _as_interface(attend: Attend) -> Callable[..., tuple[Tensor, None]]:
         value: Tensor,
         attention_mask: Any,
         *,
-        prefix_layout: Any,
+        tree: TokenTree,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         rule = ScoreRule(kwargs["scaling"], kwargs.get("sliding_window"), kwargs.get("softcap"))
-        out = attend(query, key, value, prefix_layout, rule)
+        out = attend(query, key, value, tree, rule)
         return rearrange(out, "batch head time dim -> batch time head dim").contiguous(), None
 
     return run

@@ -25,16 +25,18 @@ from torch import Tensor
 from transformers import Qwen2Config
 
 from benchmarks.attention_variants import VARIANTS, register, why_not
-from benchmarks.gpu_sizes import SIZES, TINY, Shape, Size, make_groups, make_model, plan, qwen
+from benchmarks.gpu_sizes import SIZES, TINY, Shape, Size, make_model, make_samples, plan, qwen, sample
 from grpo_hf.algorithm.aggregation import Denominators
-from grpo_hf.algorithm.objective import Objective
-from grpo_hf.packing.attention import SHARED_PREFIX, ScoreRule
+from grpo_hf.algorithm.losses import LOSSES
+from grpo_hf.algorithm.objective import grpo_objective
+from grpo_hf.packing.attention import TOKEN_TREE, ScoreRule
 from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.packing.logprobs import batch_logprobs
 from grpo_hf.training.flops import cost_of, update_flops
 from grpo_hf.training.throughput import matmul_peak
-from grpo_hf.types import Completion, Group, PackedBatch, Prompt
+from grpo_hf.types import PackedBatch
 
+OBJECTIVE = grpo_objective(*LOSSES["dapo"])
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Largest accepted relative error of a gradient, by what it is computed in."""
 
@@ -42,14 +44,12 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 def backward(model: Any, batches: list[PackedBatch], device: str, dtype: torch.dtype) -> None:
     """Forward and backward of one update."""
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    tokens, completions = sum(len(b.targets) for b in batches), sum(b.num_sequences for b in batches)
-    denominators = Denominators(tokens, completions, tokens, 1, max(int(b.sequence.bincount().max()) for b in batches))
+    tokens, completions = sum(len(b.targets) for b in batches), sum(len(b.lengths) for b in batches)
+    denominators = Denominators(tokens, tokens, completions, tokens, 1, max(int(b.lengths.max()) for b in batches))
     for batch in batches:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             logprobs, entropy = batch_logprobs(lm, batch)
-        loss, _ = Objective()(
-            logprobs, entropy, batch.advantages, batch.sequence, denominators, old_logprobs=logprobs.detach()
-        )
+        loss, _ = OBJECTIVE(batch.tokens(logprobs, entropy), denominators)
         loss.backward()
 
 
@@ -85,8 +85,8 @@ def check_gradients(device: str) -> dict[str, Any]:
     """Relative error of the gradient from that of padded rows with eager attention in float32, by attention and dtype."""
     tiny = replace(TINY, config=qwen(128, 192, 2, 4, 2, 512, True))
     model = make_model(tiny, device, initializer_range=0.1)
-    groups = make_groups(Shape(40, 30, groups=3, group_size=4), 512)
-    plans = {layout: plan(layout, groups, 160, device) for layout in LAYOUTS}
+    samples = make_samples(Shape(40, 30, groups=3, group_size=4), 512)
+    plans = {layout: plan(layout, samples, 160, device) for layout in LAYOUTS}
 
     def gradient(layout: str, attention: str, dtype: torch.dtype) -> Tensor:
         model.set_attn_implementation(attention)
@@ -115,10 +115,9 @@ def measure_attention(size: Size, shape: Shape, device: str, repeats: int) -> di
     """Forward and backward of one layer's attention over one packed micro-batch in bfloat16, by variant."""
     config = Qwen2Config(**size.config)
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    groups = make_groups(shape, config.vocab_size)
-    batch = plan("packed", groups, size.tokens_per_microbatch, device)[0]
-    layout, length = batch.prefix_layout, batch.num_tokens
-    assert layout is not None
+    batch = plan("packed", make_samples(shape, config.vocab_size), size.tokens_per_microbatch, device)[0]
+    tree, length = batch.tree, batch.num_tokens
+    assert tree is not None
     rule = ScoreRule(width**-0.5, None, None)
     sizes = [(1, count, length, width) for count in (heads, config.num_key_value_heads, config.num_key_value_heads)]
     states = [torch.randn(s, device=device, dtype=torch.bfloat16, requires_grad=True) for s in sizes]
@@ -126,7 +125,7 @@ def measure_attention(size: Size, shape: Shape, device: str, repeats: int) -> di
 
     def measure(variant: str) -> dict[str, Any]:
         def run() -> None:
-            VARIANTS[variant](*states, layout, rule).sum().backward()  # type: ignore[call-arg, arg-type]
+            VARIANTS[variant](*states, tree, rule).sum().backward()  # type: ignore[call-arg, arg-type]
 
         for _ in range(2):
             run()
@@ -141,15 +140,15 @@ def measure_updates(model: Any, size: Size, shape: Shape, device: str, repeats: 
     """Whole updates, packed and padded, without and with gradient checkpointing."""
     lm = model.get_base_model() if size.lora else model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9, fused=device == "cuda")
-    groups, peak = make_groups(shape, lm.config.vocab_size), matmul_peak(torch.device(device), torch.bfloat16)
+    samples, peak = make_samples(shape, lm.config.vocab_size), matmul_peak(torch.device(device), torch.bfloat16)
 
     def measure(layout: str, checkpointing: bool) -> dict[str, Any]:
-        lm.set_attn_implementation(SHARED_PREFIX if layout == "packed" else "sdpa")
+        lm.set_attn_implementation(TOKEN_TREE if layout == "packed" else "sdpa")
         if checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             lm.gradient_checkpointing_disable()
-        batches = plan(layout, groups, size.tokens_per_microbatch, device)
+        batches = plan(layout, samples, size.tokens_per_microbatch, device)
         parts: list[tuple[float, float]] = []
         for number in range(repeats + 2):  # two to warm up
             if number == 2 and device == "cuda":
@@ -186,17 +185,16 @@ def longest_completion(
     """The longest completions, to about a sixteenth, of a prompt of 512 tokens and a group of 8 that fit, with gradient
     checkpointing; ``whole_group``: all 8 in one micro-batch, else one, which is all that the trainer needs."""
     lm = model.get_base_model() if size.lora else model
-    lm.set_attn_implementation(SHARED_PREFIX if layout == "packed" else "sdpa")
+    lm.set_attn_implementation(TOKEN_TREE if layout == "packed" else "sdpa")
     lm.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9, fused=device == "cuda")
 
     def fits(length: int) -> bool:
         count = 8 if whole_group else 1
-        items = [Completion([1] * length, False, advantage=1.0) for _ in range(count)]
-        groups = [Group(Prompt([1] * 512, "", {}, 0), items)]
+        samples = [sample([1] * 512, [2 + number] * length, number) for number in range(count)]
 
         def update() -> dict[str, Any]:
-            backward(model, plan(layout, groups, 2**40, device), device, torch.bfloat16)
+            backward(model, plan(layout, samples, 2**40, device), device, torch.bfloat16)
             optimizer.step()
             return {}
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` measures: models in the shapes of Qwen2.5 with random weights, and groups of random tokens."""
+"""What `benchmarks.gpu` measures: models in the shapes of Qwen2.5 with random weights, and samples of random tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_hf.packing.layout import LAYOUTS
-from grpo_hf.types import Completion, Group, PackedBatch, Prompt
+from grpo_hf.types import PackedBatch, TrainingSample
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def make_model(size: Size, device: str, **config: Any) -> Any:
     return model.train()
 
 
-def make_groups(shape: Shape, vocab: int) -> list[Group]:
+def make_samples(shape: Shape, vocab: int) -> list[TrainingSample]:
     """Random tokens and advantages; the longest completion is as long as the shape says."""
     generator = torch.Generator().manual_seed(0)
     low = max(1, shape.completion // 4)
@@ -71,16 +71,28 @@ def make_groups(shape: Shape, vocab: int) -> list[Group]:
         return torch.randint(vocab, (length,), generator=generator).tolist()
 
     lengths = torch.linspace(low, shape.completion, shape.groups * shape.group_size).long()
-    shuffled = iter(lengths[torch.randperm(len(lengths), generator=generator)].tolist())
+    shuffled = lengths[torch.randperm(len(lengths), generator=generator)].tolist()
+    prompts = [ids(shape.prompt) for _ in range(shape.groups)]
     return [
-        Group(
-            Prompt(ids(shape.prompt), "", {}, number),
-            [Completion(ids(next(shuffled)), False, advantage=(-1.0) ** n) for n in range(shape.group_size)],
-        )
-        for number in range(shape.groups)
+        sample(prompts[number // shape.group_size], ids(length), number, advantage=(-1.0) ** number)
+        for number, length in enumerate(shuffled)
     ]
 
 
-def plan(layout: str, groups: list[Group], budget: int, device: str) -> list[PackedBatch]:
+def sample(prompt: list[int], completion: list[int], number: int, advantage: float = 1.0) -> TrainingSample:
+    """One completion of a single turn."""
+    is_target = torch.arange(len(prompt) + len(completion)) >= len(prompt)
+    return TrainingSample(
+        ids=(*prompt, *completion),
+        is_target=is_target,
+        advantages=is_target * advantage,
+        completion=number,
+        group=0,
+        completion_length=len(completion),
+        versions=torch.zeros(len(completion), dtype=torch.long),
+    )
+
+
+def plan(layout: str, samples: list[TrainingSample], budget: int, device: str) -> list[PackedBatch]:
     """An update's micro-batches on the device."""
-    return [batch.to(torch.device(device)) for batch in LAYOUTS[layout](groups, tokens_per_microbatch=budget)]
+    return [batch.to(torch.device(device)) for batch in LAYOUTS[layout](samples, tokens_per_microbatch=budget)]

@@ -1,6 +1,6 @@
 """What a unique token costs, by group size, budget, prompt, vocabulary and processes: `python -m benchmarks.scaling`.
 
-The packed side of sides.py alone, in float32: seconds of the training phase over the tokens of an update that are there
+The packed side of sides/ours.py alone, in float32: seconds of the training phase over the tokens of an update that are there
 once (every prompt, and every completion, its last token included). The head is work that only completion tokens have, so
 the head's share grows along "group size", whose micro-batches have a CPU's default budget. "weights" is a model of about
 100 million: its share of the measured peak of matrix products counts every product once (MFU). Each value is its own
@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, groups_of, make_data, make_model, make_tokenizer
+from benchmarks.cases import Case, make_data, make_model, make_tokenizer
 from benchmarks.side_by_side import RESULTS, Worker, setting
+from benchmarks.sides.ours import samples_of
 from grpo_hf.packing.layout import TOKENS_PER_MICROBATCH, pack
 from grpo_hf.training.flops import cost_of, update_flops
 from grpo_hf.training.throughput import matmul_peak
@@ -45,12 +46,13 @@ AXES: dict[str, dict[str, Case]] = {
 def unique_tokens(case: Case) -> int:
     """Of an update: each prompt once, and its completions."""
     data = make_data(case)
-    return sum(map(len, data.prompts)) + sum(len(ids) for group in data.completions for ids in group)
+    return sum(map(len, data.prompts)) + sum(len(made.ids) for group in data.completions for made in group)
 
 
 def model_flops(case: Case) -> int:
     """Floating-point operations that an update needs."""
-    return update_flops(cost_of(make_model(case)), pack(groups_of(make_data(case)), tokens_per_microbatch=1_000_000))
+    samples = samples_of(case, make_data(case))
+    return update_flops(cost_of(make_model(case)), pack(samples, tokens_per_microbatch=1_000_000))
 
 
 def measure_axis(axis: str, repeats: int) -> dict[str, dict[str, Any]]:

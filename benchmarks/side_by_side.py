@@ -1,4 +1,4 @@
-"""Sides that take turns: starts a process for each (sides.py), compares their gradients, and sums up what they took."""
+"""Sides that take turns: starts a process for each (sides/), compares their gradients, and sums up what they took."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case, make_model, make_tokenizer
-from benchmarks.sides import gradient_file
+from benchmarks.sides import NEEDS, gradient_file
 
 LEAST_COSINE = 0.9999
 RESULTS = Path(__file__).parent / "results"
@@ -102,13 +102,16 @@ def compare_gradients(folder: Path, sides: Sequence[str]) -> dict[str, float]:
     """Cosine of each side's gradient with the last side's; ends the command where they do not take the same step."""
     gradients = {side: torch.load(gradient_file(folder, side)).double() for side in sides}
     cosines = {side: torch.cosine_similarity(g, gradients[sides[-1]], dim=0).item() for side, g in gradients.items()}
-    if min(cosines.values()) < LEAST_COSINE:
-        raise SystemExit(f"the sides do not take the same step: cosines of their gradients are {cosines}")
+    if differ := {side: cosine for side, cosine in cosines.items() if not cosine > LEAST_COSINE}:
+        raise SystemExit(
+            f"{', '.join(differ)}: not the step of {sides[-1]}; cosines of the gradients are {differ}, "
+            f"more than {LEAST_COSINE} is asked for"
+        )
     return cosines
 
 
 def setting() -> dict[str, Any]:
     """What the figures depend on, beside the case."""
-    packages = ("torch", "transformers", "trl", "accelerate", "peft")
-    versions = {name: version(name) for name in packages if find_spec(name) is not None}
+    packages = {"torch", "transformers", "accelerate", "peft", *NEEDS.values()} - {"vllm"}
+    versions = {name: version(name) for name in sorted(packages) if find_spec(name) is not None}
     return versions | {"threads": torch.get_num_threads()}

@@ -25,7 +25,7 @@ import math_verify
 
 from reward_fns.gsm8k import gsm8k
 from reward_fns.math import math
-from reward_fns.math_find import find_answer
+from reward_fns.math.find import find_answer
 
 ROOT = Path(__file__).parents[1]
 PAIRS = ROOT / "tests" / "data" / "math_pairs.jsonl"

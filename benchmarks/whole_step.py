@@ -3,7 +3,7 @@
 Every side samples its own completions, all of the whole length (random weights hardly ever end one), scores them and takes
 the optimizer step. On this machine TRL samples with transformers: its vLLM in the training process loads weights in a way
 that vLLM's CPU build refuses, and its server needs NCCL. So ours is there twice, with the same engine as TRL and with vLLM.
-Float32, no gradient checkpointing, 4 groups of 8; sides.py says the rest. Writes benchmarks/results/whole_step.json.
+Float32, no gradient checkpointing, 4 groups of 8; sides/ says the rest. Writes benchmarks/results/whole_step.json.
 """
 
 from __future__ import annotations

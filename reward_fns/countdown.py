@@ -12,8 +12,7 @@ from typing import Any
 
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.format import last_tagged
-from reward_fns.gsm8k import MARKER, last_boxed
+from reward_fns.marks import MARKER, last_boxed, last_tagged, scoped
 
 _MAX_CHARACTERS = 300  # six numbers take fifty; a longer text would only cost time
 _FRACTION = re.compile(r"\\[dt]?frac ?\{([^{}]*)\}\{([^{}]*)\}")
@@ -47,6 +46,7 @@ def checked_numbers(numbers: Any) -> list[int]:
 
 @register_reward
 @parses_gold(checked_numbers)
+@scoped
 def countdown(completion: str, numbers: list[int], target: int, *, use_all: bool = True) -> float:
     """1.0 if the completion's expression uses each of `numbers` exactly once and equals `target` exactly, else 0.0.
 

@@ -1,4 +1,4 @@
-"""Whether the completion has the asked-for form, whatever it says; and the reading of tags, for other verifiers."""
+"""Whether the completion has the asked-for form, whatever it says."""
 
 from __future__ import annotations
 
@@ -31,14 +31,3 @@ def format(completion: str, *, pattern: str | None = None) -> float:
         return float(re.fullmatch(pattern, completion, re.DOTALL) is not None)
     parts = _TAG.split(completion)
     return float(parts[1::2] == TAGS and not "".join(parts[::4]).strip())
-
-
-def last_tagged(text: str, tag: str = "answer") -> str | None:
-    """The content of the last `<tag>...</tag>`, stripped; None if there is none.
-
-    >>> last_tagged("<answer>3</answer>, no: <answer> 4 </answer>"), last_tagged("<answer>4")
-    ('4', None)
-    """
-    before, end, _ = text.rpartition(f"</{tag}>")
-    _, start, content = before.rpartition(f"<{tag}>")
-    return content.strip() if start and end else None

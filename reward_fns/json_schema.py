@@ -13,6 +13,7 @@ from referencing.exceptions import Unresolvable
 
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
+from reward_fns.marks import scoped
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*$", re.MULTILINE)
 _MAX_DEPTH = 50  # what lies deeper would exhaust Python's stack in the validator, and so look like an error of the schema
@@ -40,11 +41,13 @@ def checked_schema(schema: Any) -> dict[str, Any] | bool:
 
 @register_reward
 @parses_gold(checked_schema)
-def json_schema(completion: str, schema: dict[str, Any] | bool) -> float:
+@scoped
+def json_schema(completion: str, schema: dict[str, Any] | bool, *, formats: bool = True) -> float:
     """1.0 if the completion is JSON that is valid under the schema, else 0.0 (JSON Schema 2020-12, or what `$schema` says).
 
     The JSON is the whole completion or, where that is none, its last fenced block that is unmarked or marked json. The
     schema is a column or an option, as a mapping or as JSON text. `$ref` reaches inside the schema only, never the network.
+    With `formats`, "format": "date" and the others that jsonschema checks are asserted, which the standard leaves open.
 
     >>> schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
     >>> json_schema('{"age": 7}', schema), json_schema('{"age": "7"}', schema), json_schema("seven", schema)
@@ -60,8 +63,10 @@ def json_schema(completion: str, schema: dict[str, Any] | bool) -> float:
         return NO_ANSWER
     if _too_deep(value):
         return 0.0
+    validator = validator_for(schema, default=Draft202012Validator)
+    checker = validator.FORMAT_CHECKER if formats else None
     try:
-        return float(validator_for(schema, default=Draft202012Validator)(schema, registry=Registry()).is_valid(value))
+        return float(validator(schema, registry=Registry(), format_checker=checker).is_valid(value))
     except Unresolvable as error:
         raise BadGoldError(f"the schema refers to {error.ref!r}, which it does not hold") from error
 

@@ -7,19 +7,30 @@ from typing import Any
 
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.format import last_tagged
-from reward_fns.gsm8k import last_boxed
+from reward_fns.marks import last_boxed, last_tagged, scoped, without_markup
 
-_MARKUP = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed)\b|[*_`$\\{}\[\]\"]")
+_MAX_COMPLETION = 20_000
+_MAX_SENTENCE = 300
+_MARKUP = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed)\b|[*_`$\\{}\[\]\"“”]")
 _ALONE = re.compile(r"\s*\(?([A-Za-z])\)?[.:)]?\s*")
-_LETTER = re.compile(r"\(\s?(?P<held>[A-Za-z])\s?\)|(?<![\w.'’-])(?P<bare>[A-Za-z])(?![\w'’-]|\.\w)")
+_LETTER = re.compile(r"\(\s?(?P<held>[A-Za-z])\s?\)|(?<![A-Za-z0-9_.'’-])(?P<bare>[A-Za-z])(?![A-Za-z0-9_'’-]|\.[A-Za-z])")
 _MARKER = re.compile(
     r"\b(?:answer|(?:correct|right|best) (?:option|choice))(?:(?: (?:is|would be|must be))? ?[:=]| (?:is|would be|must be))"
     r"[ \n]?(?:(?:option|choice|letter) )?",
     re.IGNORECASE,
 )
-_ANOTHER = re.compile(r"[.:)]? ?(?:,|/|&|\bor\b|\band\b) ?(?:\([A-Za-z]\)|[A-Z](?![\w'’]))")
-_AFTER_LETTER = {"because", "since", "as", "and", "which", "given", "due", "by", "for", "based"}
+_ANOTHER = re.compile(
+    r"[.:)?]? ?(?:(?:[,/&;|+]|\(?\b(?:and/or|[Oo]r|and)\b) ?(?:option )?(?![AI] [a-z])(?:\([A-Za-z]\)|[A-Z](?![\w'’]))"
+    r"|\([A-Za-z]\))"
+)
+_FIRST = re.compile(r"(?:^|\n|[.;!?] )\(?(?P<letter>[A-Z])(?:\)|[.:,。]|(?=\n|$))")
+_CLAUSE = re.compile(r"[.,;!?。，；]|\bbut\b")
+_REASON = re.compile(r"\b(?:since|because|as|given|due to|while|whereas)\b[^.!?;]*", re.IGNORECASE)
+_NOT = re.compile(
+    r"\b(?:not|cannot|never|neither|wrong|incorrect|false|except|rather than|instead of|unlike)\b|n['’]t\b|不", re.IGNORECASE
+)
+_AFTER_LETTER = {"because", "since", "as", "and", "or", "which", "given", "due", "by", "for", "based", "is", "not", "but"}
+_AFTER_A = {"seems", "looks", "fits", "works", "must", "would", "cannot", "can"}
 
 
 def gold_choice(answer: Any) -> str | int:
@@ -40,12 +51,14 @@ def gold_choice(answer: Any) -> str | int:
 
 @register_reward
 @parses_gold(gold_choice)
+@scoped
 def multiple_choice(completion: str, answer: str | int, *, choices: str = "ABCDEFGHIJ") -> float:
     """1.0 if the completion settles on the right choice, else 0.0. `answer` is its letter, or its index in `choices` from 0.
 
-    What counts is, in this order: the last `\\boxed{C}`; the last "answer is (C)" or "Answer: C"; the one letter that stands
-    alone in the last line. Where there are `<answer>` tags it is looked for in the last of them only. "B or C" is no choice,
-    and neither is the article in "A dog".
+    What counts is, in this order: the last `\\boxed{C}`; the last "answer is (C)" or "Answer: C"; a first line that begins
+    with a choice; the last line that names one. Where there are `<answer>` tags it is looked for in the last of them only.
+    Choices that a sentence denies do not count: "C, not B" is C. "B or C", "B; D" and "not B" are no choice, and neither is
+    the article in "A dog".
 
     >>> multiple_choice("Not B. The answer is (C).", "C"), multiple_choice("\\\\boxed{C}", 2), multiple_choice("B or C", "C")
     (1.0, 1.0, 0.0)
@@ -67,9 +80,10 @@ def multiple_choice(completion: str, answer: str | int, *, choices: str = "ABCDE
 def chosen(completion: str, choices: str) -> str | None:
     """The letter that a completion settles on, a capital; None if there is none, or more than one.
 
-    >>> [chosen(text, "ABCD") for text in ("Answer: b.", "So I take C", "It is B, not C", "A dog")]
-    ['B', 'C', None, None]
+    >>> [chosen(text, "ABCD") for text in ("Answer: b.", "So I take C", "It is B, not C", "B or C", "A dog")]
+    ['B', 'C', 'B', None, None]
     """
+    completion = without_markup(completion[-_MAX_COMPLETION:])
     tagged = last_tagged(completion)
     text = completion if tagged is None else tagged
     box = last_boxed(text)
@@ -78,13 +92,38 @@ def chosen(completion: str, choices: str) -> str | None:
         return alone[1].upper()
     if box is not None:
         return _settled(_LETTER.match(text))
-    announced = (_LETTER.match(text, marker.end()) for marker in _MARKER.finditer(text))
-    if letters := [letter for letter in announced if letter and _is_choice(letter)]:
-        return _settled(letters[-1])
-    last_line = _LETTER.finditer(text.rpartition("\n")[2])
-    found = {_capital(letter) for letter in last_line if _is_choice(letter) and not (letter["bare"] or "").islower()}
-    found &= set(choices)
-    return found.pop() if len(found) == 1 else None
+    for marker in reversed(list(_MARKER.finditer(text))):
+        letter = _LETTER.match(text, marker.end())
+        if letter and _is_choice(letter):
+            return _settled(letter)
+        if any(said := _said(text[marker.end() :][:_MAX_SENTENCE].partition("\n")[0], choices)):
+            return _only(said[0])
+    firsts = list(_FIRST.finditer(text))
+    if firsts and firsts[0].start() == 0 and len({first["letter"] for first in firsts}) == 1:
+        return _settled(_LETTER.search(text))
+    lines = [_said(line, choices) for line in text.split("\n")]
+    return next((_only(said[0]) for said in reversed(lines) if any(said)), None)
+
+
+def _said(text: str, choices: str) -> tuple[set[str], set[str]]:
+    """The choices that a line names, reasons left out, and those that it denies."""
+    named, denied = set(), set()
+    for clause in _CLAUSE.split(_REASON.sub("", text)):
+        letters = [
+            letter for letter in _LETTER.finditer(clause) if _is_choice(letter) and not (letter["bare"] or "").islower()
+        ]
+        letters = [letter for letter in letters if _capital(letter) in choices]
+        no = _NOT.search(clause)
+        after = [letter for letter in letters if no and letter.start() > no.start()]
+        against = after or (letters if no else [])
+        denied |= set(map(_capital, against))
+        named |= {_capital(letter) for letter in letters if letter not in against}
+    return named, denied
+
+
+def _only(letters: set[str]) -> str | None:
+    """The only one of some letters; None if there are none or several."""
+    return next(iter(letters)) if len(letters) == 1 else None
 
 
 def _plain(text: str) -> str:
@@ -108,4 +147,7 @@ def _is_choice(letter: re.Match[str]) -> bool:
     tail = letter.string[letter.end() : letter.end() + 20]
     if letter["held"] or tail[:1] != " " or not tail[1:2].isalnum():
         return True
-    return (letter["bare"] not in "AI" and letter["bare"].isupper()) or tail.split()[0].lower() in _AFTER_LETTER
+    word = tail.split()[0].lower()
+    if letter["bare"] == "A" and word in _AFTER_A:
+        return True
+    return (letter["bare"] not in "AI" and letter["bare"].isupper()) or word in _AFTER_LETTER

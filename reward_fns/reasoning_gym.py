@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_hf.rewards.loading import nearest
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.format import last_tagged
+from reward_fns.marks import last_tagged, scoped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,6 +73,7 @@ def checked_entry(entry: Any) -> dict[str, Any]:
 
 @register_reward
 @parses_gold(checked_entry)
+@scoped
 def reasoning_gym(completion: str, entry: dict[str, Any]) -> float:
     """The task's own score, 0..1, of the answer in the last `<answer>` tags, or of the whole completion without them.
 

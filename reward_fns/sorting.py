@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from grpo_hf.rewards.registry import register_reward
+from reward_fns.marks import scoped
 
 _INTEGER = re.compile(r"(?<![0-9])-?[0-9]+")
 _MAX_CHARACTERS = 100  # a longer integer is cut, so that no completion can make int() slow or fail
@@ -47,6 +48,7 @@ def parse_integers(text: str) -> list[int]:
 
 
 @register_reward
+@scoped
 def sort_inclusion_ordering(completion: str, numbers: Sequence[int]) -> float:
     """`inclusion_ordering` of a text; integers past the length of `numbers` are not read, so length earns nothing.
 
@@ -61,6 +63,7 @@ def sort_inclusion_ordering(completion: str, numbers: Sequence[int]) -> float:
 
 
 @register_reward
+@scoped
 def sort_distance(completion: str, numbers: Sequence[int]) -> float:
     """`distance` of a text; integers past the length of `numbers` are not read.
 
@@ -74,6 +77,7 @@ def sort_distance(completion: str, numbers: Sequence[int]) -> float:
 
 
 @register_reward
+@scoped
 def sorting(completion: str, numbers: Sequence[int], *, partial_credit: bool = True) -> float:
     """The share of places that are right: distance / max(number of integers read, len(numbers)), in 0..1.
 

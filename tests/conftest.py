@@ -1,12 +1,21 @@
 """For every test: one thread, since models this small gain nothing from more and threads that wait for each other cost far
 more on a busy machine; and no network. Set before torch is imported; processes that a test starts inherit both."""
 
+from __future__ import annotations
+
 import gc
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import cloudpickle
+import pytest
 
 import tests
+
+if TYPE_CHECKING:
+    from grpo_hf.rollout.vllm_engine import VLLMEngine
+    from tests.server import Server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,3 +29,34 @@ def pytest_collection_finish() -> None:
     """Trainer collects garbage when it starts: keep the imported libraries out of that, which saves 0.3 s a trainer."""
     gc.collect()
     gc.freeze()
+
+
+# vLLM takes long to start, and its engines stay to the end of the process: these are shared by all test files.
+
+
+@pytest.fixture(scope="session")
+def engines() -> dict[str, VLLMEngine]:
+    """One engine in this process for each kind of head; a test hands it the model that it trains."""
+    from tests.tiny_vllm import make_engine
+
+    return {"tied": make_engine(tied=True), "untied": make_engine(tied=False)}
+
+
+@pytest.fixture(scope="session")
+def text_engine() -> VLLMEngine:
+    """Holds a LoRA adapter beside the base weights, and decodes what it samples."""
+    from tests.tiny_vllm import make_text_engine
+
+    return make_text_engine()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Stopped with Ctrl-C, which leaves no process."""
+    from tests.server import Server
+
+    server = Server(tmp_path_factory.mktemp("server"), "--enable-lora", "--max-lora-rank", "8")
+    server.start()
+    server.wait()
+    yield server
+    assert server.stop() == []

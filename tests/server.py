@@ -13,10 +13,13 @@ from typing import Any
 
 import httpx
 import psutil
+from torch import nn
 from transformers import PreTrainedModel
 
-from tests.tiny import tiny_tokenizer
-from tests.tiny_vllm import vllm_model
+from grpo_hf.rollout.engine import Sampling
+from grpo_hf.rollout.vllm_server import VLLMServerEngine
+from tests.tiny_models import tiny_tokenizer
+from tests.tiny_vllm import SAMPLING, vllm_model
 
 
 class Server:
@@ -81,3 +84,9 @@ class Server:
     def settings(self, **more: Any) -> dict[str, Any]:
         """Of a trainer that samples here."""
         return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": self.url, "vllm_server_timeout": 120} | more
+
+
+def engine_of(server: Server, model: nn.Module, sampling: Sampling = SAMPLING, **options: Any) -> VLLMServerEngine:
+    """An engine that samples there."""
+    settings = {"timeout": 60.0, "sampling": sampling, "max_prompt_length": 40} | options
+    return VLLMServerEngine(model, base_url=server.url, **settings)

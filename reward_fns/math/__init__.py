@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from cmath import isfinite
+from dataclasses import replace
 from fractions import Fraction
 from numbers import Real
 
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.math_find import find_answer
-from reward_fns.math_forms import Form, read, right_side
-from reward_fns.math_sympy import check, equal
-from reward_fns.math_text import UnreadableError
-from reward_fns.math_units import NONE, PERCENT, Unit
+from reward_fns.marks import scoped
+from reward_fns.math.find import find_answer, value_in
+from reward_fns.math.forms import Form, is_choice, read, right_side, with_unit
+from reward_fns.math.sympy import check, equal
+from reward_fns.math.text import ProseError, UnreadableError
+from reward_fns.math.units import NONE, PERCENT, Unit
 
 _MODES = ("lenient", "strict")
+_PERCENTS = ("loose", "exact")
 _RELATION = re.compile(r"[<>]|\\(?:leq|geq|neq)")
 _TIME = re.compile(r"\d{1,2}:\d\d")
 _INTERVALS = {"()", "(]", "[)", "[]"}
@@ -46,54 +49,88 @@ def parse_gold(answer: str | int | float) -> Form:
 
 @register_reward
 @parses_gold(parse_gold)
-def math(completion: str, answer: Form, *, mode: str = "lenient") -> float:
+@scoped
+def math(completion: str, answer: Form, *, mode: str = "lenient", percent: str = "loose") -> float:
     """1.0 if the answer that a completion gives equals the dataset's, else 0.0; no answer if it gives none to read.
 
     `answer` is a bare answer (LaTeX, plain text, a number) or a worked solution that marks it. Marked is what the last of
     these holds: `\\boxed{}` (several joined by a comma, `and` or `or` are one answer), `<answer>`, a line with `####`,
-    "final answer is". In `lenient` mode an unmarked answer counts too: what follows the last "answer is" or "answer:", or
-    else the last expression. Only the last 20,000 characters are searched.
+    "final answer is". In `lenient` mode an unmarked answer counts too: what follows the last "answer is" or "answer:" up to
+    the end of its line, or else the value that the last sentence comes to; and of a marked sentence its value, but none that
+    it denies ("not 5") or only bounds ("at least 5"). Only the last 20,000 characters are searched, bold and other markup
+    does not matter, and what stands before `</think>` does not count (the option `scope`: auto, after_think, whole).
 
     Equal in both modes: numbers of one exact value, however written (1/2, 0.5, \\frac12; 1,234; 2 1/2; 3e2), never rounded;
     expressions that math-verify finds equal; sets and bare lists in any order; tuples, intervals and matrices in theirs,
-    each bracket the same; `x = 3` where 3 is asked, but not y = 3 for x = 3; equations with the same solutions.
+    each bracket the same; `x = 3` where 3 is asked, but not y = 3 for x = 3; equations with the same solutions; a list that
+    says the one answer several times (3/4 or 0.75); (C) 12 for C and for 12.
 
                   lenient                                 strict
         units     a missing one is ignored, 1 m = 100 cm  the gold answer's, unconverted
-        percent   50% = 0.5 = 1/2, not 50                 on both or on neither
+        percent   50% = 50 = 0.5 = 1/2                    on both or on neither
         names     3 for x = 3                             x = 3 for x = 3
         brackets  1, 2 or <1, 2> for (1, 2); 5 for {5}    as in the gold answer; 1, 2 for {1, 2}
         ranges    x > 3 for (3, \\infty) and back           as in the gold answer
+
+    With `percent="exact"` 50% is 0.5 and not 50 in lenient mode.
 
     Not read, so no answer (and bad gold): more than 1,000 characters or digits, 64 elements or 12 nested brackets; powers
     and factorials of more than about 5,000 digits (9^{9^{9}}); dots; sums, integrals and limits that the gold answer does
     not have. Decimal commas and angles in radians for degrees are not understood. Deadlines are the caller's: math-verify's
     own need the main thread's signals and are off.
 
-    >>> math("So it is $\\\\boxed{\\\\frac{6}{4}}$.", "1.5"), math("It costs $18.", "9 * 2 = 18\\n#### 18")
+    >>> math("So it is $\\\\boxed{\\\\frac{6}{4}}$.", "1.5"), math("It costs **$18** a day.", "9 * 2 = 18\\n#### 18")
     (1.0, 1.0)
-    >>> math("\\\\boxed{[1, 2)}", "(1, 2)"), math("\\\\boxed{3.33}", "10/3"), math("\\\\boxed{50\\\\%}", "50")
+    >>> math("\\\\boxed{[1, 2)}", "(1, 2)"), math("\\\\boxed{3.33}", "10/3"), math("The answer is 4 or 5.", "5")
     (0.0, 0.0, 0.0)
     >>> [math("The answer is 5 cm.", "5 cm", mode=mode) for mode in ("lenient", "strict")]
+    [1.0, 0.0]
+    >>> [math("\\\\boxed{50\\\\%}", "50", percent=percent) for percent in ("loose", "exact")]
     [1.0, 0.0]
 
     Raises:
         BadGoldError: the answer cannot be read.
-        ValueError: an unknown mode.
+        ValueError: an unknown mode, percent or scope.
     """
     if mode not in _MODES:
         raise ValueError(f"math has no mode {mode!r}; its modes are: {', '.join(_MODES)}")
+    if percent not in _PERCENTS:
+        raise ValueError(f"math cannot take percent={percent!r}; it is one of: {', '.join(_PERCENTS)}")
     strict = mode == "strict"
     text = find_answer(completion, strict=strict)
     if text is None:
         return NO_ANSWER
     try:
-        form = read(text)
-        if answer.parts and not form.parts:
-            form = read(text, thousands=False)
-        return float(same(answer, form, strict=strict))
+        form = _read(text, answer, strict=strict)
+        pairs = [(answer, form)]
+        if percent == "loose" and not strict:
+            pairs.append((_without_percent(answer), _without_percent(form)))
+        return float(any(same(gold, given, strict=strict) for gold, given in dict.fromkeys(pairs)))
     except UnreadableError:
         return NO_ANSWER
+
+
+def _read(text: str, gold: Form, *, strict: bool) -> Form:
+    """A completion's answer, as its kind of gold answer asks for: 1,200 as two elements, of a sentence its value.
+
+    Raises:
+        UnreadableError: it cannot be read, or is a sentence without a value.
+    """
+    try:
+        form = read(text)
+    except ProseError:
+        form = None
+    if not strict and not gold.words and (form is None or re.search("[0-9]", form.words)):
+        form = read(value_in(text) or "")
+    if form is None or (gold.parts and not form.parts):
+        form = read(text, thousands=False)
+    return form
+
+
+def _without_percent(form: Form) -> Form:
+    """The same without percent signs."""
+    parts = tuple(map(_without_percent, form.parts))
+    return replace(form, unit=NONE if form.unit == PERCENT else form.unit, parts=parts)
 
 
 def same(gold: Form, form: Form, *, strict: bool) -> bool:
@@ -102,6 +139,10 @@ def same(gold: Form, form: Form, *, strict: bool) -> bool:
     Raises:
         UnreadableError: an expression in the second cannot be parsed, or is too big.
     """
+    if gold.label or form.label:
+        letters = [one.label or (one.latex if is_choice(one) else "") for one in (gold, form)]
+        if all(letters):
+            return letters[0] == letters[1]
     if _is_equation(form) and not _is_equation(gold) and not gold.name:
         form = right_side(form)
     if (gold.name != form.name and gold.name and form.name) or _is_equation(gold) or _is_equation(form):
@@ -138,8 +179,10 @@ def _same_parts(gold: Form, form: Form, *, strict: bool) -> bool:
 
 
 def _same_as_parts(gold: Form, form: Form, *, strict: bool) -> bool:
-    """Several elements and one expression: a set's only element, an interval's inequality, a union, a sum of matrices."""
+    """Several elements and one expression: one value said twice, a set's only element, an interval's inequality, a union."""
     whole, single = (gold, form) if gold.parts else (form, gold)
+    if whole is form and whole.brackets == ",":
+        return all(same(gold, part, strict=strict) for part in form.parts)
     if whole.brackets == "{}" and len(whole.parts) == 1 and not strict:
         only = whole.parts[0]
         return same(only, form, strict=False) if whole is gold else same(gold, only, strict=False)
@@ -153,6 +196,8 @@ def _same_as_parts(gold: Form, form: Form, *, strict: bool) -> bool:
 
 def _same_single(gold: Form, form: Form, *, strict: bool) -> bool:
     """Two numbers or expressions, with their units."""
+    if gold.value is not None and form.value is None and not strict:
+        form = with_unit(form)
     scales = _scales(gold.unit, form.unit, strict=strict)
     if scales is None:
         return False

@@ -59,6 +59,7 @@ _UNITS: dict[str, Unit] = {
 }
 _SHORT_FOR = {"mph": "mile/hour", "kmh": "km/h", "kph": "km/h", "sqft": "ft^2", "sqm": "m^2", "cc": "cm^3"}
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+_AFTER_INCHES = {"of", "long", "wide", "tall", "high", "deep", "thick", "by", "x", "per"}
 _PIECE = re.compile(r"(?P<name>[^\s^]+?)(?:\s*\^\s*\{?(?P<power>[1-9])\}?)?")
 
 
@@ -77,6 +78,8 @@ def parse_unit(phrase: str) -> Unit:
         return NONE
     words = phrase.split()
     for end in range(len(words), 0, -1):
+        if words[0] == "in" and words[end : end + 1] and words[end] not in _AFTER_INCHES:
+            continue  # a preposition
         if (unit := _known(" ".join(words[:end]))) is not None:
             return unit
     return "?" + " ".join(map(_singular, phrase.casefold().split())), Fraction(1)

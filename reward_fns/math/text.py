@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+
+from reward_fns.marks import without_markup
 
 MAX_DEPTH = 12
 MAX_DIGITS = 1000
@@ -14,7 +16,21 @@ class UnreadableError(ValueError):
     """The text is no answer that can be read; it says why."""
 
 
+class ProseError(UnreadableError):
+    """The text is a sentence."""
+
+
 _FUNCTIONS = "arcsin|arccos|arctan|arccot|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|gcd|lcm"
+_UP_TO_TWELVE = "zero one two three four five six seven eight nine ten eleven twelve"
+_TEENS = "thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_SMALL = {word: str(value) for value, word in enumerate(f"{_UP_TO_TWELVE} {_TEENS}".split())}
+_TENS = {word: str(value) for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_IN_WORDS = re.compile(
+    rf"(?P<lead>^|^\\text\s*\{{\s*)(?P<sign>(?:negative|minus) )?"
+    rf"(?P<ten>{'|'.join(_TENS)})?[ -]?(?P<one>{'|'.join(_SMALL)})?"
+    rf"(?<=\w)(?![\w-])(?!.*\b(?:{'|'.join([*_SMALL, *_TENS])}|hundred)\b)",
+    re.IGNORECASE,
+)
 _GREEK = "alpha|beta|gamma|delta|theta|lambda|mu|sigma|phi|omega|pi|infty"
 _UNICODE = str.maketrans(
     {
@@ -27,62 +43,83 @@ _UNICODE = str.maketrans(
         **{"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
     }
 )
-_REWRITES = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        # what only spaces or sizes
-        (r"\\left\s*\.|\\right\s*\.", ""),
-        (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])", ""),
-        (r"(?<=\d)(?:\{,\}|,?\\[,!]|,\\ )\s*(?=\d{3}(?!\d))", ""),
-        (r"(?<!\\)\\[,;:!> ]|\\q?quad(?![A-Za-z])", " "),
-        # fonts and words
-        (r"\\(?:mathrm|text|operatorname)\s*\{\s*([ei])\s*\}", r"\1"),
-        (r"\\(?:mathbf|boldsymbol|bm|mathit|vec)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
-        (rf"\\(?:mathrm|operatorname\*?|text)\s*\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
-        (r"\\(?:text[a-z]{2,}|mbox|hbox|mathrm|mathbf|mathit|mathsf|operatorname\*?)\s*\{", r"\\text{"),
-        (r",?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z]))\s*", ", "),
-        *(
-            (rf"(?<=\d)\s*(\\text\s*\{{)?\s*{word}(?![A-Za-z])", rf" \\times 10^{{{power}}} \1")
-            for word, power in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
-        ),
-        (r"\\text\s*\{\s*\}", ""),
-        # signs
-        (r"\\lbrace(?![A-Za-z])", r"\\{"),
-        (r"\\rbrace(?![A-Za-z])", r"\\}"),
-        (r"\\(?:varnothing|O)(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
-        (r"\\ne(?![A-Za-z])|!=", r"\\neq "),
-        (r"\\([lg])e(?:qslant|qq)?(?![A-Za-z])", r"\\\1eq "),
-        (r"<=", r"\\leq "),
-        (r">=", r"\\geq "),
-        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", r"\\text{degrees}"),
-        (r"\\text\{degrees\}\s*(?:\\text\s*\{\s*)?C(?![A-Za-z])\s*\}?", r"\\text{celsius}"),
-        (r"\\text\{degrees\}\s*(?:\\text\s*\{\s*)?F(?![A-Za-z])\s*\}?", r"\\text{fahrenheit}"),
-        (r"\*\*", "^"),
-        (r"(?<![\\A-Za-z])infinity(?![A-Za-z])", r"\\infty "),
-        (rf"(?<![\\A-Za-z])({_GREEK}|{_FUNCTIONS})(?![A-Za-z])", r"\\\1 "),
-        # short forms
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\sqrt\s*([A-Za-z0-9])", r"\\sqrt{\1}"),
-        (r"\^\s*\(([^()]*)\)", r"^{\1}"),
-        (r"\\frac\s*([A-Za-z0-9])\s*([A-Za-z0-9])", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*([A-Za-z0-9])\s*\{", r"\\frac{\1}{"),
-        (r"(\\frac\s*\{[^{}]*\})\s*([A-Za-z0-9])", r"\1{\2}"),
-        (r"^\]([^\[\]]*)\[$", r"(\1)"),
-        (r"^\]([^\[\]]*\])$", r"(\1"),
-        (r"^(\[[^\[\]]*)\[$", r"\1)"),
-        (r"^\{([^{}]*,[^{}]*|\s*[A-Za-z]\s*[|:][^{}]*)\}$", r"\\{\1\\}"),
-        (r"^\]([^\[\]]*)\[$", r"(\1)"),
-        (r"^\]([^\[\]]*\])$", r"(\1"),
-        (r"^(\[[^\[\]]*)\[$", r"\1)"),
-        (r"^\{([^{}]*,[^{}]*|\s*[A-Za-z]\s*[|:][^{}]*)\}$", r"\\{\1\\}"),
-        (r"^\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid|\||:)\s*(.*)\\\}$", r"\2"),
-    )
-]
-_DELIMITERS = re.compile(
-    r"\$\$?(?P<dollars>[^$]+)\$\$?|\\\((?P<round>.+)\\\)|\\\[(?P<square>.+)\\\]|\*\*(?P<bold>.+)\*\*", re.DOTALL
+_ARGUMENT = r"\s*(\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}|\\sqrt\s*(?:\{[^{}]*\}|\w)|\\[A-Za-z]+|[A-Za-z0-9])"
+_FRACTION = re.compile(rf"\\[dtc]?frac{_ARGUMENT}{_ARGUMENT}")
+_Rewrite = str | Callable[[re.Match[str]], str]
+
+
+def _braced(fraction: re.Match[str]) -> str:
+    """A fraction, and those in it, with braces around both of its arguments."""
+    above, below = (_FRACTION.sub(_braced, text[1:-1] if text[0] == "{" else text) for text in fraction.groups())
+    return rf"\frac{{{above}}}{{{below}}}"
+
+
+def _digits(words: re.Match[str]) -> str:
+    """A number below 100 in words, in digits."""
+    ten, one = _TENS.get((words["ten"] or "").casefold(), ""), _SMALL[(words["one"] or "zero").casefold()]
+    number = f"{words['lead']}{'-' if words['sign'] else ''}{ten}{one}"
+    return number if len(one) == 1 or not ten else words.group()
+
+
+_SPELLINGS: tuple[tuple[str, _Rewrite], ...] = (
+    # what only spaces or sizes
+    (r"\\left\s*\.|\\right\s*\.", ""),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])", ""),
+    (r"(?<=\d)\s*(?:\{\s*,\s*\}|,?\s*\\[,!]|,\\ )\s*(?=\d{3}(?!\d))", ""),
+    (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
+    (r"\\underline\s*\{([^{}]*)\}", r"\1"),
+    (r"\\hspace\*?\s*\{[^{}]*\}|\\\\\s*$|\(?\\[pb]?mod(?![A-Za-z])\s*(?:\{[^{}]*\}|\d+)\)?", " "),
+    (r"(?<!\\)\\[,;:!> ]|\\q?quad(?![A-Za-z])", " "),
+    # fonts and words
+    (r"\\(?:mathrm|text|operatorname)\s*\{\s*([ei])\s*\}", r"\1"),
+    (r"\\(?:mathbf|boldsymbol|bm|mathit|vec)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
+    (rf"\\(?:mathrm|operatorname\*?|text)\s*\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
+    (r"\\(?:text[a-z]{2,}|mbox|hbox|mathrm|mathbf|mathit|mathsf|operatorname\*?)\s*\{", r"\\text{"),
+    (r"(?<![A-Za-z])(?:negative|minus)\s+(?=[\d.\\$(])", "-"),
+    (r"(?<=\d)(?:st|nd|rd|th)(?![A-Za-z])", ""),
+    *(
+        (rf"(?<=\d)\s*(\\text\s*\{{)?\s*{word}(?![A-Za-z])", rf" \\times 10^{{{power}}} \1")
+        for word, power in (("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
+    ),
+    (r"\\text\s*\{\s*\}", ""),
+    (r"^\\text\s*\{([^{}]*)\}$", r"\1"),
+    (r"^(?:\\(?:approx|sim(?:eq)?)|(?:approximately|about|roughly|around|nearly|exactly))(?![A-Za-z])\s*", ""),
+    (r"(?<=[A-Za-z])\s*\\equiv(?![A-Za-z])", " ="),
+    # signs
+    (r"\\lbrace(?![A-Za-z])", r"\\{"),
+    (r"\\rbrace(?![A-Za-z])", r"\\}"),
+    (r"\\(?:varnothing|O)(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
+    (r"\\ne(?![A-Za-z])|!=", r"\\neq "),
+    (r"\\([lg])e(?:qslant|qq)?(?![A-Za-z])", r"\\\1eq "),
+    (r"<=", r"\\leq "),
+    (r">=", r"\\geq "),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", r"\\text{degrees}"),
+    (r"\\text\{degrees\}\s*(?:\\text\s*\{\s*)?C(?![A-Za-z])\s*\}?", r"\\text{celsius}"),
+    (r"\\text\{degrees\}\s*(?:\\text\s*\{\s*)?F(?![A-Za-z])\s*\}?", r"\\text{fahrenheit}"),
+    (r"\*\*", "^"),
+    (r"(?<![\\A-Za-z])infinity(?![A-Za-z])", r"\\infty "),
+    (rf"(?<![\\A-Za-z])({_GREEK}|{_FUNCTIONS})(?![A-Za-z])", r"\\\1 "),
+    # short forms
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\sqrt\s*([A-Za-z0-9])", r"\\sqrt{\1}"),
+    (_FRACTION.pattern, _braced),
+    (r"(?<![\w.}^)/])(\d+)/(\d+)\s+(?=[A-Za-z(\\])", r"\\frac{\1}{\2} "),
+    (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+    (r"^\]([^\[\]]*)\[$", r"(\1)"),
+    (r"^\]([^\[\]]*\])$", r"(\1"),
+    (r"^(\[[^\[\]]*)\[$", r"\1)"),
+    (r"^\{([^{}]*,[^{}]*|\s*[A-Za-z]\s*[|:][^{}]*)\}$", r"\\{\1\\}"),
+    (r"^\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid|\||:)\s*(.*)\\\}$", r"\2"),
 )
-_INLINE = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$")
+_REWRITES = [(re.compile(pattern), new) for pattern, new in _SPELLINGS]
+_DELIMITERS = re.compile(
+    r"\$\$?(?P<dollars>(?:[^$\\]|\\.)+)\$\$?|\\\((?P<round>.+)\\\)|\\\[(?P<square>.+)\\\]|[\"'“‘](?P<quoted>.+)[\"'”’]",
+    re.DOTALL,
+)
+_INLINE = re.compile(r"(?<!\\)\$((?:[^$\\]|\\.)+)\$", re.DOTALL)
+_TRAILING = re.compile(r"(?:\\[,;:! ]|\s)+$")
+_JOINER = re.compile(r"(,?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*)")
+_VALUE = re.compile(r"\d|\\(?!text)[A-Za-z]|^\W*[A-Za-z]\W*$|=")
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[A-Za-z,!({\[])")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 OPENING = {"(": "(", "[": "[", r"\{": "{", r"\langle": "<", r"\lbrack": "[", "{": ""}
@@ -108,19 +145,34 @@ def plain(text: str) -> str:
     """
     if re.search(r"\\[lcv]?dots|\.\.\.|…", text):
         raise UnreadableError("dots leave something out")
-    text = _INLINE.sub(r"\1", strip(text.translate(_UNICODE)))
+    text = _INLINE.sub(r"\1", strip(_TRAILING.sub("", without_markup(text)).translate(_UNICODE)))
+    text = _IN_WORDS.sub(_digits, text)
     if r"\begin" not in text:
         text = _ESCAPED_TWICE.sub(r"\\", text)
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
+    text = _listed(text)
     if any(depth > MAX_DEPTH for _, _, depth in _tokens(text)):
         raise UnreadableError(f"nested deeper than {MAX_DEPTH}")
     return strip(text)
 
 
+def _listed(text: str) -> str:
+    """Commas instead of `and` and `or`, but only between values, or where nothing is one: not in "5 cats and dogs"."""
+    pieces = _JOINER.split(text)
+    values = [_VALUE.search(piece) is not None for piece in pieces[::2]]
+    joins = [(value and any(values[: place + 1])) or not any(values) for place, value in enumerate(values[1:])]
+    return "".join(
+        [
+            pieces[0],
+            *((", " if join else gap) + piece for gap, piece, join in zip(pieces[1::2], pieces[2::2], joins, strict=True)),
+        ]
+    )
+
+
 def strip(text: str) -> str:
-    """Without white space, final punctuation and math or bold delimiters around it."""
-    stripped = text.strip().rstrip(".,;: \n").lstrip(":,; \n")
+    """Without white space, final punctuation and quotes or math delimiters around it."""
+    stripped = text.strip().rstrip(".,;:? \n").lstrip(":,; \n")
     if match := _DELIMITERS.fullmatch(stripped):
         stripped = next(filter(None, match.groups()))
     return stripped if stripped == text else strip(stripped)
