@@ -37,8 +37,7 @@ from grpo_hf.rollout.engine import EngineLostError
 from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.planning import Plan, Update
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, prepare_tokenizer
-from grpo_hf.rollout.sampler import GroupSampler
-from grpo_hf.rollout.stream import Rollout, RolloutStream
+from grpo_hf.rollout.stream import GroupSampler, Rollout, RolloutStream
 from grpo_hf.rollout.vllm_support import installed_vllm
 from grpo_hf.training.callbacks import (
     FiniteWeights,
