@@ -225,11 +225,6 @@ class GRPOConfig(TrainingArguments):
     # ---- Derived numbers
 
     @property
-    def completions_per_update(self) -> int:
-        """Completions of one optimizer step on one process."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-    @property
     def batches_per_rollout(self) -> int:
         """Batches of per_device_train_batch_size completions that one rollout holds, on one process."""
         if self.steps_per_generation is not None:

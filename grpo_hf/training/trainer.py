@@ -39,31 +39,14 @@ from grpo_hf.rollout.planning import Plan, Update
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, prepare_tokenizer
 from grpo_hf.rollout.stream import GroupSampler, Rollout, RolloutStream
 from grpo_hf.rollout.vllm_support import installed_vllm
-from grpo_hf.training.callbacks import (
-    FiniteWeights,
-    MetricsFile,
-    Report,
-    RewardProgress,
-    StepClock,
-    SyncReference,
-    print_samples,
-)
+from grpo_hf.training import callbacks as own_callbacks
+from grpo_hf.training import checks
 from grpo_hf.training.checkpoints import Checkpoints, Stateful, is_finished, resume_point, run_of
-from grpo_hf.training.checks import (
-    check_enough_prompts,
-    check_reference,
-    checked_prompts,
-    checked_rewards,
-    norm_of_weights,
-    refuse_arguments,
-    why_not_finite,
-)
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import make_engine, make_sampling
 from grpo_hf.training.guards import GuardError, Guards, Seen
 from grpo_hf.training.models import causal_lm, frozen_copy, is_sharded, load_config, load_model, load_tokenizer
 from grpo_hf.training.policy import Policy, with_logprobs
-from grpo_hf.training.profiling import Profile
 from grpo_hf.training.recorder import Recorder, put_back
 from grpo_hf.training.same_run import check_same_run, describe_run
 from grpo_hf.training.throughput import Throughput
@@ -100,13 +83,13 @@ class GRPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         **unsupported: Any,
     ):
-        refuse_arguments(unsupported)
+        checks.refuse_arguments(unsupported)
         args = args or GRPOConfig()
-        check_reference(args, lora=peft_config is not None or isinstance(model, PeftModel))
+        checks.check_reference(args, lora=peft_config is not None or isinstance(model, PeftModel))
         if args.use_vllm and args.vllm_mode == "colocate":
             installed_vllm()
         self.metrics = Metrics()
-        self.rewards, self.reward_weights = checked_rewards(reward_funcs, args, reward_processing_classes)
+        self.rewards, self.reward_weights = checks.checked_rewards(reward_funcs, args, reward_processing_classes)
         self.scorer = Scorer(self.rewards, self.reward_weights, args.reward_settings())
         init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         if quantization_config is not None:
@@ -114,10 +97,10 @@ class GRPOTrainer(Trainer):
         shared = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
         tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, **shared))
         self._check = partial(
-            checked_prompts, args=args, scorer=self.scorer, tokenizer=tokenizer, config=load_config(model, **shared)
+            checks.checked_prompts, args=args, scorer=self.scorer, tokenizer=tokenizer, config=load_config(model, **shared)
         )
         self.prompts = train = self._check(train_dataset, "train_dataset")
-        check_enough_prompts(train, args)
+        checks.check_enough_prompts(train, args)
         self.eval_prompts = evals = self._checked_eval(eval_dataset)
 
         set_seed(args.seed)  # adapter weights are random
@@ -136,11 +119,11 @@ class GRPOTrainer(Trainer):
             eval_dataset={name: part.dataset for name, part in evals.items()} or None,
             processing_class=tokenizer,
             callbacks=[
-                FiniteWeights(self.guards),
-                MetricsFile(),
-                *([Profile(args.profile)] if args.profile else []),
+                own_callbacks.FiniteWeights(self.guards),
+                own_callbacks.MetricsFile(),
+                *([own_callbacks.Profile(args.profile)] if args.profile else []),
                 *(callbacks or []),
-                *([Report()] if args.write_report else []),
+                *([own_callbacks.Report()] if args.write_report else []),
             ],
             optimizers=optimizers,
         )
@@ -148,7 +131,7 @@ class GRPOTrainer(Trainer):
         self._skips_step = False
         self.compute_dtype: torch.dtype = args.compute_dtype or causal_lm(self.model).dtype
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(RewardProgress(self.compute_dtype))
+            self.add_callback(own_callbacks.RewardProgress(self.compute_dtype))
         for reward in self.rewards:
             if hasattr(reward.function, "processing_class"):  # a model
                 reward.function.to(self.args.device)  # type: ignore[attr-defined]
@@ -165,9 +148,11 @@ class GRPOTrainer(Trainer):
         parts: dict[str, Stateful] = {"stream": self.stream, "policy": self.policy, "recorder": self.recorder}
         moves = self.policy.reference if args.sync_ref_model else None
         self.checkpoints = Checkpoints(parts, {} if moves is None else {"reference": moves}, self.peers, self.metrics)
-        self.add_callback(StepClock(self.metrics, self.stream.order.rollouts_per_epoch * args.steps_per_rollout))
+        self.add_callback(
+            own_callbacks.StepClock(self.metrics, self.stream.order.rollouts_per_epoch * args.steps_per_rollout)
+        )
         if moves is not None:
-            self.add_callback(SyncReference(self.model, moves))
+            self.add_callback(own_callbacks.SyncReference(self.model, moves))
 
     # ---- Setting up
 
@@ -288,7 +273,7 @@ class GRPOTrainer(Trainer):
             self.metrics.mean("sampling/staleness", step - rollout.version)
         since_log = step % max(1, int(self.state.logging_steps or 1))
         if args.log_completions and self.peers.rank == 0 and since_log < args.steps_per_rollout:
-            print_samples(rollout.groups, step + 1, args.num_completions_to_print or 4)
+            own_callbacks.print_samples(rollout.groups, step + 1, args.num_completions_to_print or 4)
         stop_if_faulty(merged(self.peers.gather(rollout.tally)), self.scorer.settings)
         with self.metrics.phase("logprobs"):
             return replace(rollout, updates=self.policy.annotated(updates))
@@ -309,16 +294,14 @@ class GRPOTrainer(Trainer):
         means = self.recorder.step(report)
         if (rollout := self.rollout) is not None:
             means["sampling/staleness"] = rollout.index * self.args.steps_per_rollout - rollout.version
-        self._skips_step = self._checked(means, partial(why_not_finite, self.model, str(self.args.output_dir), report))
+        explain = partial(checks.why_not_finite, self.model, self.args, report)
+        seen = Seen(self.state.global_step + 1, means, explain=explain)
+        self._skips_step = self.guards.check(seen, can_skip=True)
         return report.loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nothing more: training_step has counted them."""
         return 0
-
-    def _checked(self, values: dict[str, float], explain: Any) -> bool:
-        """Whether the guards have the step skipped."""
-        return self.guards.check(Seen(self.state.global_step + 1, values, explain=explain), can_skip=True)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Trainer's, with a look at it before it reaches the weights, and without the gradients of a step that is skipped.
@@ -327,8 +310,9 @@ class GRPOTrainer(Trainer):
         """
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if grad_norm is not None and self.accelerator.scaler is None and not self._skips_step:
-            explain = partial(why_not_finite, self.model, str(self.args.output_dir))
-            self._skips_step = self._checked({"gradient norm": float(grad_norm)}, explain)
+            explain = partial(checks.why_not_finite, self.model, self.args)
+            seen = Seen(self.state.global_step + 1, {"gradient norm": float(grad_norm)}, explain=explain)
+            self._skips_step = self.guards.check(seen, can_skip=True)
         if self._skips_step:
             model.zero_grad()  # to None: from a gradient of zero, momentum and weight decay would still move weights
         if self.guards.may_skip:
@@ -393,7 +377,7 @@ class GRPOTrainer(Trainer):
     def _save_before_stop(self, trial: Any) -> None:
         """The steps so far are good, unless their weights are not."""
         wanted = self.args.save_strategy != "no" and self.state.global_step > 0
-        if wanted and not is_finished(self._checkpoint_folder(trial)) and math.isfinite(norm_of_weights(self.model)):
+        if wanted and not is_finished(self._checkpoint_folder(trial)) and math.isfinite(checks.norm_of_weights(self.model)):
             self._save_checkpoint(self.model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
