@@ -1,13 +1,18 @@
-# make test and make demo set themselves up in .venv and can be run again at once.
+# make test, make check and make demo set themselves up in .venv and can be run again at once.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
+# Two processes, a file's tests in one of them, the slow files first (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # These start vLLM in their own process, which changes it for whatever comes after.
-VLLM_TESTS := tests/test_vllm_engine.py tests/test_vllm_training.py tests/test_vllm_server.py \
-	tests/invariants/test_5_engine_logprobs.py
+VLLM_TESTS := tests/test_vllm_engine.py tests/test_vllm_training.py tests/test_vllm_server.py
+# The promises, and what needs no trainer and no worker.
+QUICK_TESTS := tests/invariants $(addprefix tests/test_, advantages.py aggregation.py attention.py choose.py correction.py \
+	kl.py layers.py layout.py logits.py logprobs.py losses.py metrics.py objective.py pass_at_k.py planning.py prompts.py \
+	record.py stream.py toy.py tree.py)
 
-.PHONY: setup test lint demo
+.PHONY: setup check test lint demo
 setup: .venv/ready
 
 # vLLM's CPU build brings builds of three packages that break `import transformers`; it runs without them.
@@ -17,9 +22,12 @@ setup: .venv/ready
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+check: setup lint
+	$(PYTEST) $(QUICK_TESTS) --deselect tests/invariants/test_6_killed_run.py
+
 test: setup lint
-	$(BIN)/python -m pytest $(VLLM_TESTS:%=--ignore=%)
-	$(BIN)/python -m pytest $(VLLM_TESTS)
+	$(PYTEST) $(VLLM_TESTS:%=--ignore=%)
+	$(PYTEST) $(VLLM_TESTS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -161,11 +161,8 @@ def test_sides_take_the_same_step_on_the_completions_that_they_are_given(tmp_pat
 
 
 RIVAL_CASES = {
-    "one signal": TINY_CASE,
-    "shared system prompt": replace(TINY_CASE, flat=0, system=20, budget=200),
+    "tools, shared system prompt, LoRA": replace(TINY_CASE, turns=3, tool=4, system=20, budget=200, lora=True),
     "KL, two updates": replace(TINY_CASE, flat=0, beta=0.5, updates=2),
-    "LoRA": replace(TINY_CASE, flat=0, lora=True),
-    "tools": replace(TINY_CASE, flat=0, turns=3, tool=4),
 }
 
 

@@ -63,7 +63,9 @@ def test_equal_logprobs_weigh_exactly_1(mode: str) -> None:
     assert corrected(equal, mode=mode, low=1.0, high=1.0)[0].tolist() == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("factor", [measured, *(partial(corrected, mode=mode) for mode in CORRECTION_MODES)], ids=str)
+@pytest.mark.parametrize(
+    "factor", [measured, *(partial(corrected, mode=mode) for mode in CORRECTION_MODES)], ids=["measured", *CORRECTION_MODES]
+)
 def test_weights_are_constants(factor: Callable[[TokenBatch], Any]) -> None:
     weights, metrics = factor(replace(BATCH, old_logprobs=BATCH.logprobs))
     assert not any(values.requires_grad for values in (weights, *metrics.values()))
@@ -116,7 +118,9 @@ def test_weights_are_logged_before_their_bounds(mode, low, high, ratio, bounded)
 # ---- What an engine does not give
 
 
-@pytest.mark.parametrize("factor", [measured, *(partial(corrected, mode=mode) for mode in CORRECTION_MODES)], ids=str)
+@pytest.mark.parametrize(
+    "factor", [measured, *(partial(corrected, mode=mode) for mode in CORRECTION_MODES)], ids=["measured", *CORRECTION_MODES]
+)
 def test_without_an_engines_logprobs_there_is_nothing_to_correct(factor: Callable[[TokenBatch], Any]) -> None:
     weights, metrics = factor(token_batch([1.5, 0.5]))
     assert weights.tolist() == [1.0, 1.0]
