@@ -246,20 +246,6 @@ class GRPOTrainer(Trainer):
         self.rollout = None
         return Updates(self)
 
-    def num_examples(self, dataloader: Any) -> int:
-        """Prompts of one pass."""
-        return len(self.prompts)
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
-        """Nothing: denominators travel with each update."""
-
-    def update_of_step(self, step: int) -> Update:
-        """What an optimizer step, counted from 0, trains on; makes its rollout where that is not at hand."""
-        index, place = divmod(step, self.args.steps_per_rollout)
-        if self.rollout is None or self.rollout.index != index:
-            self.rollout = self.make_rollout(index)
-        return self.rollout.updates[place % self.args.updates_per_rollout]
-
     def make_rollout(self, index: int) -> Rollout:
         """Sample, score, plan and record a rollout, and take the log-probs that it needs of the weights as they are now."""
         self.policy.inner, self.policy.wrapped = self.model, self.model_wrapped
@@ -444,15 +430,18 @@ class Updates:
     """
 
     def __init__(self, trainer: GRPOTrainer):
-        self.trainer = trainer
+        self.trainer, self.dataset = trainer, trainer.prompts
         self.steps = trainer.stream.order.rollouts_per_epoch * trainer.args.steps_per_rollout
 
     def __len__(self) -> int:
         return self.steps * self.trainer.args.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        start = self.trainer.state.global_step
+        trainer, args = self.trainer, self.trainer.args
+        start = trainer.state.global_step
         for step in range(start, (start // self.steps + 1) * self.steps):
-            update = self.trainer.update_of_step(step)
-            yield from [{}] * (self.trainer.args.gradient_accumulation_steps - 1)
-            yield {"update": update}
+            index, place = divmod(step, args.steps_per_rollout)
+            if trainer.rollout is None or trainer.rollout.index != index:
+                trainer.rollout = trainer.make_rollout(index)
+            yield from [{}] * (args.gradient_accumulation_steps - 1)
+            yield {"update": trainer.rollout.updates[place % args.updates_per_rollout]}
