@@ -85,25 +85,21 @@ def _why_not(
 def _samples_to_try(prompts: list[list[int]]) -> list[TrainingSample]:
     """Each prompt with continuations, and theirs; made of the prompts' own tokens, so that every id is in the vocabulary."""
     samples: list[TrainingSample] = []
-    for group, ids in enumerate(prompts):
-        for first, second in product(range(len(CONTINUATIONS)), repeat=2):
-            turns = [
-                [ids[(place + shift) % len(ids)] for place in range(CONTINUATIONS[n])]
-                for shift, n in ((1, first), (2, second))
-            ]
-            sequence = (*ids, *turns[0], *turns[1])
-            is_target = torch.arange(len(sequence)) >= len(ids)
-            samples.append(
-                TrainingSample(
-                    ids=sequence,
-                    is_target=is_target,
-                    advantages=is_target.float(),
-                    completion=len(samples),
-                    group=group,
-                    completion_length=int(is_target.sum()),
-                    versions=torch.zeros(int(is_target.sum()), dtype=torch.long),
-                )
+    for (group, ids), *lengths in product(enumerate(prompts), CONTINUATIONS, CONTINUATIONS):
+        turns = [[ids[(place + shift) % len(ids)] for place in range(n)] for shift, n in enumerate(lengths, start=1)]
+        sequence, targets = (*ids, *turns[0], *turns[1]), sum(lengths)
+        is_target = torch.arange(len(sequence)) >= len(ids)
+        samples.append(
+            TrainingSample(
+                ids=sequence,
+                is_target=is_target,
+                advantages=is_target.float(),
+                completion=len(samples),
+                group=group,
+                completion_length=targets,
+                versions=torch.zeros(targets, dtype=torch.long),
             )
+        )
     return samples
 
 

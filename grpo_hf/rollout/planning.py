@@ -158,12 +158,8 @@ def until(sample: TrainingSample, stop: int) -> TrainingSample:
     targets = int(sample.is_target[:stop].sum())
     names = ("versions", "rollout_logprobs", "old_logprobs", "ref_logprobs")
     per_target: dict[str, Any] = {name: value[:targets] for name in names if (value := getattr(sample, name)) is not None}
-    of_tokens: dict[str, Any] = {
-        "ids": sample.ids[:stop],
-        "is_target": sample.is_target[:stop],
-        "advantages": sample.advantages[:stop],
-    }
-    return replace(sample, **of_tokens, **per_target)
+    per_token: dict[str, Any] = {name: getattr(sample, name)[:stop] for name in ("ids", "is_target", "advantages")}
+    return replace(sample, **per_token, **per_target)
 
 
 def balanced(samples: list[TrainingSample], peers: Peers) -> list[TrainingSample]:

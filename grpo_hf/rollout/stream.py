@@ -16,7 +16,7 @@ from grpo_hf.algorithm.advantages import weighted_sum
 from grpo_hf.metrics import Metrics
 from grpo_hf.rewards import Scorer
 from grpo_hf.rewards.faults import Tally, merged
-from grpo_hf.rollout.dynamic import Choice, Draw, Memory, chosen, gathered, is_informative
+from grpo_hf.rollout.dynamic import Choice, Draw, Memory, chosen, is_informative, pass_rate
 from grpo_hf.rollout.engine import Engine, Sampling
 from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.planning import Update, scores_of
@@ -212,9 +212,11 @@ class RolloutStream:
     def _learn(self, index: int, draw: Draw, groups: list[Group]) -> None:
         """What the groups have shown of their prompts; nothing where nothing is chosen by it."""
         if self.choice.dynamic_sampling or self.choice.curricula:
-            mine = self.choice.feedback(draw, zip(draw.places[self.peers.rank], groups, strict=True))
-            everyone = self.peers.gather(mine)
-            self.memory.learn(index, gathered(everyone, draw, histories=bool(self.choice.curricula)))
+            rows = [draw.rows[place] for place in draw.places[self.peers.rank]]
+            solved = self.choice.solved_reward
+            mine = [(row, pass_rate(group, solved), is_informative(group)) for row, group in zip(rows, groups, strict=True)]
+            everyone = [item for part in self.peers.gather(mine) for item in part]
+            self.memory.learn(index, everyone, draw.skipped, histories=bool(self.choice.curricula))
 
     def settle(self) -> None:
         """Wait for what is being sampled ahead: before the engine gets other weights, and before it is saved."""

@@ -78,7 +78,12 @@ class VLLMServerEngine:
         """See Engine.sync_weights; does nothing when the server has them."""
         self.version = version
         for attempt in range(1, TRIES + 1):
-            problem = self._try_sync()
+            problem = None
+            self.syncs += self.weights.held != self.weights.stamp(version)
+            try:
+                self.weights.run(version, self._load, self._load_adapter)
+            except (OSError, ValueError) as error:  # the other processes must hear of it
+                problem = str(error)
             problems = [text for text in self.peers.gather(problem) if text]
             if not problems:
                 return
@@ -87,14 +92,6 @@ class VLLMServerEngine:
             if attempt == TRIES:
                 raise EngineLostError(f"the vLLM server at {self.client.base_url} did not take weights: {problems[0]}")
             self._wait_until_up()
-
-    def _try_sync(self) -> str | None:
-        self.syncs += self.weights.held != self.weights.stamp(self.version)
-        try:
-            self.weights.run(self.version, self._load, self._load_adapter)
-        except (OSError, ValueError) as error:  # the other processes must hear of it
-            return str(error)
-        return None
 
     def _load(self, weights: EngineWeights) -> None:
         if self.peers.rank == 0:

@@ -42,7 +42,6 @@ class RewardProgress(ProgressCallback):
         self.compute_dtype, self.next_line_at = compute_dtype, 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        """Show the headline metrics."""
         if self.training_bar is None or not logs:
             return
         if any(name.startswith("eval_") for name in logs):
@@ -65,7 +64,6 @@ class MetricsFile(TrainerCallback):
             keep_until(Path(args.output_dir, "metrics.jsonl"), state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        """Write one line."""
         if state.is_world_process_zero and logs:
             path = Path(args.output_dir, "metrics.jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,16 +79,13 @@ class StepClock(TrainerCallback):
         self.phase: Any = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
         self.phase = self.metrics.phase("optimizer")
         self.phase.__enter__()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop it."""
         self.phase.__exit__(None, None, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Correct the epoch."""
         state.epoch = state.global_step / self.updates_per_epoch
 
 
@@ -116,7 +111,6 @@ class SyncReference(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move it."""
         if state.global_step % args.ref_model_sync_steps == 0:
             for reference, policy in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
                 reference.lerp_(policy, args.ref_model_mixup_alpha)
@@ -143,7 +137,6 @@ class Profile(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start after the first, stop after the last."""
         if self.profiler is None:
             on_gpu = torch.cuda.is_available() and not args.use_cpu
             self.profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
@@ -174,7 +167,6 @@ class Report(TrainerCallback):
     """Writes the report page when training ends and prints where it is."""
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write it."""
         if state.is_world_process_zero and any("loss" in entry for entry in state.log_history):
             print(f"report: {write_report(Path(args.output_dir))}", file=sys.stderr)
 

@@ -18,7 +18,6 @@ from grpo_hf.rewards import Reward, Scorer, check_columns, get_rewards
 from grpo_hf.rewards.gold import bad_gold
 from grpo_hf.rollout.prompts import PromptSet, checked_dataset, load_prompts
 from grpo_hf.training.config import GRPOConfig
-from grpo_hf.training.models import context_length
 from grpo_hf.training.policy import StepReport
 
 logger = logging.get_logger(__name__)
@@ -74,16 +73,10 @@ def checked_rewards(reward_funcs: Any, args: GRPOConfig, processing_classes: Any
 
 
 def checked_prompts(
-    table: Any,
-    name: str,
-    *,
-    args: GRPOConfig,
-    scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
+    table: Any, name: str, *, args: GRPOConfig, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> PromptSet:
     """The tokenized prompts of a dataset that has every column, answers that can be read, and fits into the context."""
-    context = context_length(config)
+    context = getattr(config, "max_position_embeddings", None)
     if context is not None and context <= args.max_completion_length:
         raise ValueError(
             f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context of "

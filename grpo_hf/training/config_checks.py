@@ -140,11 +140,8 @@ def _check_choice(config: GRPOConfig) -> None:
 
 
 def _check_batches(config: GRPOConfig) -> None:
-    group, batch, accumulation = (
-        config.num_generations,
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-    )
+    group, batch = config.num_generations, config.per_device_train_batch_size
+    accumulation, steps = config.gradient_accumulation_steps, config.batches_per_rollout
     if group == 1 and config.advantage_form in NEEDS_A_GROUP:
         raise ValueError(
             f"num_generations=1 makes every {config.advantage_form!r} advantage 0; sample 2 or more a prompt, or set "
@@ -161,7 +158,6 @@ def _check_batches(config: GRPOConfig) -> None:
             f"processes = {batch} * {config.world_size}; nearest: "
             f"{_nearest(config.generation_batch_size, batch * config.world_size)}"
         )
-    steps = config.batches_per_rollout
     if steps % accumulation or steps == 0:
         raise ValueError(
             f"steps_per_generation={steps} is not a multiple of gradient_accumulation_steps={accumulation}, so a "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -39,16 +38,6 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The causal LM inside a PEFT model, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """Positions that the model has been made for; None where its config names none."""
-    return getattr(config, "max_position_embeddings", None)
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A reference model: the same weights, never trained."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def is_sharded(accelerator: Any) -> bool:

@@ -149,11 +149,10 @@ def set_aside_earlier_run(folder: Path) -> Path | None:
     Returns where it is now; None when there was nothing.
     """
     left = [path for name in LEFT_BY_A_RUN if (path := folder / name).exists()]
-    if left:
-        number = 1 + sum(1 for _ in folder.glob("earlier-*"))
-        aside = folder / f"earlier-{number}"
-        aside.mkdir()
-        for path in left:
-            path.rename(aside / path.name)
-        return aside
-    return None
+    if not left:
+        return None
+    aside = folder / f"earlier-{1 + len(list(folder.glob('earlier-*')))}"
+    aside.mkdir()
+    for path in left:
+        path.rename(aside / path.name)
+    return aside

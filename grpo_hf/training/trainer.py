@@ -5,6 +5,7 @@ In the order of the flow: `make_rollout` samples, scores, plans and records; `tr
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Iterator
@@ -40,15 +41,13 @@ from grpo_hf.rollout.prompts import PromptOrder, PromptSet, prepare_tokenizer
 from grpo_hf.rollout.stream import GroupSampler, Rollout, RolloutStream
 from grpo_hf.rollout.vllm_support import installed_vllm
 from grpo_hf.training import callbacks as own_callbacks
-from grpo_hf.training import checks
-from grpo_hf.training.checkpoints import Checkpoints, Stateful, is_finished, resume_point, run_of
+from grpo_hf.training import checkpoints, checks
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import make_engine, make_sampling
 from grpo_hf.training.guards import GuardError, Guards, Seen
-from grpo_hf.training.models import causal_lm, frozen_copy, is_sharded, load_config, load_model, load_tokenizer
+from grpo_hf.training.models import causal_lm, is_sharded, load_config, load_model, load_tokenizer
 from grpo_hf.training.policy import Policy, with_logprobs
 from grpo_hf.training.recorder import Recorder, put_back
-from grpo_hf.training.same_run import check_same_run, describe_run
 from grpo_hf.training.throughput import Throughput
 
 logger = logging.get_logger(__name__)
@@ -145,14 +144,13 @@ class GRPOTrainer(Trainer):
         self.recorder = Recorder(
             self.metrics, Path(str(args.output_dir)), self.peers, Throughput(causal_lm(self.model)), args.num_iterations
         )
-        parts: dict[str, Stateful] = {"stream": self.stream, "policy": self.policy, "recorder": self.recorder}
-        moves = self.policy.reference if args.sync_ref_model else None
-        self.checkpoints = Checkpoints(parts, {} if moves is None else {"reference": moves}, self.peers, self.metrics)
-        self.add_callback(
-            own_callbacks.StepClock(self.metrics, self.stream.order.rollouts_per_epoch * args.steps_per_rollout)
-        )
-        if moves is not None:
-            self.add_callback(own_callbacks.SyncReference(self.model, moves))
+        moving = {"reference": self.policy.reference} if args.sync_ref_model and self.policy.reference is not None else {}
+        parts: dict[str, checkpoints.Stateful] = {"stream": self.stream, "policy": self.policy, "recorder": self.recorder}
+        self.checkpoints = checkpoints.Checkpoints(parts, moving, self.peers, self.metrics)
+        updates_per_epoch = self.stream.order.rollouts_per_epoch * args.steps_per_rollout
+        self.add_callback(own_callbacks.StepClock(self.metrics, updates_per_epoch))
+        for reference in moving.values():
+            self.add_callback(own_callbacks.SyncReference(self.model, reference))
 
     # ---- Setting up
 
@@ -188,7 +186,7 @@ class GRPOTrainer(Trainer):
             layout=layout,
             tokens_per_microbatch=budget,
             temperature=args.temperature,
-            reference=frozen_copy(self.model) if own_reference else None,
+            reference=copy.deepcopy(self.model).eval().requires_grad_(False) if own_reference else None,
             needs_reference=args.beta > 0,
             sharded=is_sharded(self.accelerator),
             peers=self.peers,
@@ -308,17 +306,16 @@ class GRPOTrainer(Trainer):
     # ---- A run and its checkpoints
 
     def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
         """Trainer's; "auto" goes on from the newest whole checkpoint in output_dir, or starts anew."""
-        checkpoint = resume_point(resume_from_checkpoint, self.recorder.folder)
-        if checkpoint and (changed := check_same_run(run_of(checkpoint), self._describe(), str(checkpoint))):
-            logger.warning(changed)
-        if checkpoint and self.recorder.aside:  # by an evaluation before this
-            put_back(self.recorder.aside, self.recorder.folder)
+        checkpoint = checkpoints.resume_point(resume_from_checkpoint, self.recorder.folder)
+        if checkpoint:
+            changed = checkpoints.check_same_run(checkpoints.run_of(checkpoint), self._describe(), str(checkpoint))
+            if changed:
+                logger.warning(changed)
+            if self.recorder.aside:  # by an evaluation before this
+                put_back(self.recorder.aside, self.recorder.folder)
         self.checkpoints.unsaved = None
         try:
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
@@ -338,7 +335,7 @@ class GRPOTrainer(Trainer):
         return output
 
     def _describe(self) -> dict[str, Any]:
-        return describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
+        return checkpoints.describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
 
     def _checkpoint_folder(self, trial: Any) -> Path:
         return Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
@@ -363,7 +360,8 @@ class GRPOTrainer(Trainer):
     def _save_before_stop(self, trial: Any) -> None:
         """The steps so far are good, unless their weights are not."""
         wanted = self.args.save_strategy != "no" and self.state.global_step > 0
-        if wanted and not is_finished(self._checkpoint_folder(trial)) and math.isfinite(checks.norm_of_weights(self.model)):
+        finished = checkpoints.is_finished(self._checkpoint_folder(trial))
+        if wanted and not finished and math.isfinite(checks.norm_of_weights(self.model)):
             self._save_checkpoint(self.model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
