@@ -32,8 +32,7 @@ from grpo_hf.algorithm.objective import grpo_objective
 from grpo_hf.packing.attention import TOKEN_TREE, ScoreRule
 from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.packing.logprobs import batch_logprobs
-from grpo_hf.training.flops import cost_of, update_flops
-from grpo_hf.training.throughput import matmul_peak
+from grpo_hf.training.throughput import cost_of, matmul_peak, update_flops
 from grpo_hf.types import PackedBatch
 
 OBJECTIVE = grpo_objective(*LOSSES["dapo"])

@@ -23,8 +23,7 @@ from benchmarks.cases import Case, make_data, make_model, make_tokenizer
 from benchmarks.side_by_side import RESULTS, Worker, setting
 from benchmarks.sides.ours import samples_of
 from grpo_hf.packing.layout import TOKENS_PER_MICROBATCH, pack
-from grpo_hf.training.flops import cost_of, update_flops
-from grpo_hf.training.throughput import matmul_peak
+from grpo_hf.training.throughput import cost_of, matmul_peak, update_flops
 
 SIDE = "grpo_hf"
 BASE = Case(192, 64, equal=True)

@@ -14,7 +14,7 @@ from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.prompts import PromptSet, derived_seed
 from grpo_hf.rollout.record import GroupSummary, record_groups, record_outcomes, summarize_all
-from grpo_hf.rollout.sampler import GroupSampler
+from grpo_hf.rollout.stream import GroupSampler
 from grpo_hf.types import Group
 
 

@@ -40,12 +40,12 @@ class Metrics:
     def phase(self, name: str) -> Iterator[None]:
         """Add the seconds inside to time/<name>, which names them in a profile too; waits for the GPU, so that the work is
         counted where it was asked for."""
-        start = self._now()
+        start = now()
         try:
             with torch.profiler.record_function(f"time/{name}"):
                 yield
         finally:
-            self._seconds[name] += self._now() - start
+            self._seconds[name] += now() - start
 
     def flush(self, gather: Gather, *, steps: int) -> dict[str, float]:
         """The values over all processes since the last flush, times per optimizer step; then start afresh.
@@ -53,7 +53,7 @@ class Metrics:
         ``gather`` maps one process's dict to the list of all processes' dicts. time/other is what no phase covers.
         """
         seconds = dict(self._seconds)
-        seconds["other"] = self._now() - self._start - sum(seconds.values())
+        seconds["other"] = now() - self._start - sum(seconds.values())
         everyone = gather(self.state_dict())
         values: dict[str, float] = {}
         for name in dict.fromkeys(name for part in everyone for name in part["means"]):
@@ -87,10 +87,11 @@ class Metrics:
         self._minima: dict[str, float] = {}
         self._maxima: dict[str, float] = {}
         self._seconds: dict[str, float] = defaultdict(float)
-        self._start = self._now()
+        self._start = now()
 
-    @staticmethod
-    def _now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+
+def now() -> float:
+    """Seconds, once the GPU has done what it was asked for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

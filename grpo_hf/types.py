@@ -142,6 +142,12 @@ class TokenBatch:
     """log(π_θ / π_old) by token, or by completion, repeated over its tokens; carries the gradient; set by the objective."""
 
 
+def moved_to(carrier: Any, device: torch.device, non_blocking: bool = True) -> Any:
+    """The same carrier with every tensor on ``device``, those of the carriers in it too."""
+    values = {item.name: getattr(carrier, item.name) for item in fields(carrier)}
+    return replace(carrier, **{k: v.to(device, non_blocking=non_blocking) for k, v in values.items() if hasattr(v, "to")})
+
+
 @dataclass
 class Node:
     """A run of tokens that the sequences below it have in common."""
@@ -171,6 +177,8 @@ class TokenTree:
     """Tokens of the longest sequence."""
     block_masks: dict[int | None, Any] = field(default_factory=dict)
     """FlexAttention's masks by sliding window, made on first use and shared by the layers."""
+
+    to = moved_to
 
 
 @dataclass
@@ -218,9 +226,7 @@ class PackedBatch:
         """Token positions that a forward pass computes."""
         return self.input_ids.numel()
 
-    def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with every tensor on ``device``."""
-        return _to(self, device)
+    to = moved_to
 
     def tokens(self, logprobs: Float[Tensor, " token"], entropy: Float[Tensor, " token"]) -> TokenBatch:
         """What the objective sees, given a forward pass's log-probs and entropy of the targets; where the samples are of
@@ -239,12 +245,3 @@ class PackedBatch:
     def by_sample(self, values: Float[Tensor, " token"]) -> dict[int, Tensor]:
         """A value a target -> those of each packed sample, by its number."""
         return dict(zip(self.samples, values.split(self.num_targets), strict=True))
-
-
-def _to(carrier: Any, device: torch.device) -> Any:
-    def move(value: Any) -> Any:
-        if isinstance(value, TokenTree):
-            return _to(value, device)
-        return value.to(device, non_blocking=True) if hasattr(value, "to") else value
-
-    return replace(carrier, **{item.name: move(getattr(carrier, item.name)) for item in fields(carrier)})

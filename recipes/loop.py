@@ -15,7 +15,7 @@ from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.peers import ALONE
 from grpo_hf.rollout.planning import Plan
 from grpo_hf.rollout.prompts import PromptOrder, derived_seed, load_prompts
-from grpo_hf.rollout.sampler import GroupSampler
+from grpo_hf.rollout.stream import GroupSampler
 from grpo_hf.rollout.transformers_engine import TransformersEngine
 from recipes.sorting_lm import make_tokenizer
 

@@ -8,8 +8,7 @@ from typing import Any
 from grpo_hf.rewards import Scorer, get_rewards
 from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.prompts import PromptOrder, load_prompts
-from grpo_hf.rollout.sampler import GroupSampler
-from grpo_hf.rollout.stream import Rollout, RolloutStream
+from grpo_hf.rollout.stream import GroupSampler, Rollout, RolloutStream
 from grpo_hf.types import Completion
 from tests.tiny_models import tiny_tokenizer
 

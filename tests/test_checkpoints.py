@@ -10,8 +10,16 @@ from typing import Any
 
 import pytest
 
-from grpo_hf.training.checkpoints import MANIFEST, damage, newest_checkpoint, resume_point, run_of
-from grpo_hf.training.same_run import FREE, SAID, check_same_run
+from grpo_hf.training.checkpoints import (
+    FREE,
+    MANIFEST,
+    SAID,
+    check_same_run,
+    damage,
+    newest_checkpoint,
+    resume_point,
+    run_of,
+)
 from tests.runs import StopAfter, logs, timeless
 from tests.tiny import tiny_trainer
 

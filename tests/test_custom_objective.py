@@ -12,8 +12,8 @@ from grpo_hf.algorithm.advantages import ADVANTAGES, leave_one_out
 from grpo_hf.algorithm.aggregation import AGGREGATIONS
 from grpo_hf.algorithm.losses import LOSSES
 from grpo_hf.algorithm.trial import trial_batch
+from grpo_hf.training.checkpoints import check_same_run, describe_run
 from grpo_hf.training.checks import checked_rewards
-from grpo_hf.training.same_run import check_same_run, describe_run
 from grpo_hf.types import TokenBatch
 from tests.tiny import Gradients, relative_error, tiny_trainer
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_hf.packing.layout import packed_batch, padded_batch
 from grpo_hf.toy.hf_model import SortingConfig, SortingForCausalLM
-from grpo_hf.training.flops import Cost, cost_of, update_flops
+from grpo_hf.training.throughput import Cost, cost_of, update_flops
 from tests.runs import lora
 from tests.samples import UNEVEN, VOCAB, random_groups, random_samples, samples_of
 from tests.tiny_models import MIXTURES, tiny_model

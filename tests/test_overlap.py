@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo_hf.rewards import RewardSettings, Scorer, get_rewards
 from grpo_hf.rollout.engine import Sampling
-from grpo_hf.rollout.sampler import GroupSampler
+from grpo_hf.rollout.stream import GroupSampler
 from grpo_hf.types import Completion, Prompt
 from tests.runs import values
 from tests.streams import FakeEngine

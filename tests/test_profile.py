@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grpo_hf import GRPOConfig
-from grpo_hf.training.profiling import TOP
+from grpo_hf.training.callbacks import TOP
 from tests.runs import StopAfter, same, weights
 from tests.test_cli import tiny_recipe, train_main  # noqa: F401  (the first is a fixture)
 from tests.tiny import tiny_trainer

@@ -26,6 +26,7 @@ from grpo_hf.rewards import (
 )
 from grpo_hf.rewards.faults import Tally, merged, stop_if_faulty
 from grpo_hf.rewards.outcomes import NoAnswer
+from grpo_hf.rollout.stream import set_rewards
 from grpo_hf.types import Completion, Group, Prompt, Sample
 
 QUICK = RewardSettings(timeout=1.0, workers=1)
@@ -47,6 +48,7 @@ def settle(
         for place in reversed(range(len(groups))):
             scoring.add_group(place, groups[place])
         tally = scorer.settle(groups, list(scoring.verdicts()), lambda k, v: metrics.setdefault(k, []).append(v))
+    set_rewards(groups, scorer.weights)
     scorer.close()
     return tally, metrics
 

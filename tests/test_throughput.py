@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_hf.training.flops import update_flops
-from grpo_hf.training.throughput import Throughput, matmul_peak, step_line
+from grpo_hf.training.throughput import Throughput, matmul_peak, step_line, update_flops
 from tests.runs import StopAfter, logs, values
 from tests.tiny import tiny_model, tiny_trainer
 

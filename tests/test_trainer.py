@@ -16,7 +16,6 @@ from grpo_hf.algorithm.losses import LOSSES
 from grpo_hf.packing.logprobs import batch_logprobs
 from tests.runs import AfterStep, logs, lora, same, values, weights
 from tests.tiny import (
-    FAMILIES,
     PROMPTS,
     VOCAB,
     Gradients,
@@ -342,7 +341,7 @@ def test_bf16_weights_train_too(tmp_path: Path) -> None:
 
 def test_dropout_is_switched_off(tmp_path: Path) -> None:
     def model() -> nn.Module:
-        made = FAMILIES["gpt2"]()
+        made = tiny_model("gpt2")
         for module in made.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.1

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from grpo_hf.rollout.transformers_engine import cut_at_text
-from grpo_hf.rollout.vllm_engine import VLLMEngine
-from grpo_hf.rollout.vllm_process import as_it_was, same_random_state
+from grpo_hf.rollout.vllm_engine import VLLMEngine, as_it_was, same_random_state
 from grpo_hf.rollout.vllm_support import BATCHED_TOKENS
 from grpo_hf.rollout.weight_sync import StaleEngineError
 from tests.tiny_models import tiny_tokenizer

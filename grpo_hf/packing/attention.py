@@ -20,19 +20,22 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from grpo_hf.packing.cascade import tree_cascade
 from grpo_hf.types import TokenTree
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
     Heads = Float[Tensor, "batch head time dim"]
+    Part = tuple[slice, slice, bool]
 
 TOKEN_TREE = "token_tree"
 """The name under which a model selects this attention: `model.set_attn_implementation(TOKEN_TREE)`."""
 
 BLOCK = 128
 """Queries and keys of a FlexAttention block."""
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def tree_attention(
     if dropout:
         raise ValueError(f"this attention takes no dropout, got {dropout}: set disable_dropout=True")
     if tree is None:
-        out = _one_sequence(query, key, value, attention_mask, rule)
+        out = attend(query, key, value, rule, attention_mask)  # transformers' sdpa would leave a softcap out
     else:
         out = _implementation(query, value, tree, rule)(query, key, value, tree, rule)
     return rearrange(out, "batch head time dim -> batch time head dim").contiguous(), None
@@ -85,16 +88,13 @@ def tree_attention(
 
 def _implementation(query: Heads, value: Tensor, tree: TokenTree, rule: ScoreRule) -> Callable[..., Heads]:
     """What is fastest of those that can do it."""
-    if query.is_cuda:
-        return _flex
     plain = rule.softcap is None and rule.sees_all(tree.longest) and query.shape[-1] == value.shape[-1]
-    return cascade if plain else by_path
+    return _flex if query.is_cuda else cascade if plain else by_path
 
 
 def by_path(query: Heads, key: Tensor, value: Tensor, tree: TokenTree, rule: ScoreRule) -> Heads:
     """One attention call a node, whose keys are those of the path to it, as far as the window reaches; for any rule."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    key, value = (repeat_kv(states, query.shape[1] // states.shape[1]) for states in (key, value))
     paths: list[list[slice]] = []
     parts = []
     for node in tree.nodes:
@@ -106,19 +106,16 @@ def by_path(query: Heads, key: Tensor, value: Tensor, tree: TokenTree, rule: Sco
     return torch.cat(parts, dim=2)
 
 
-def cascade(query: Heads, key: Tensor, value: Tensor, tree: TokenTree, rule: ScoreRule) -> Heads:
-    """No key is copied and no mask is made, on the CPU; see cascade.py."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    return tree_cascade(query.to(dtype), key.to(dtype), value.to(dtype), tree.nodes, rule.scaling)
-
-
-def attend(query: Heads, key: Heads, value: Heads, rule: ScoreRule, mask: Tensor | None = None) -> Heads:
+def attend(query: Heads, key: Tensor, value: Tensor, rule: ScoreRule, mask: Tensor | None = None) -> Heads:
     """Attention of the last queries of a causal sequence, under ``mask`` [query key] (True: may look) or causal."""
     num_queries, num_keys = query.shape[2], key.shape[2]
+    key, value = (repeat_kv(states, query.shape[1] // states.shape[1]) for states in (key, value))
     if mask is None and num_queries == num_keys and rule.softcap is None and rule.sees_all(num_keys):
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=rule.scaling)
     if mask is None:
-        mask = causal_mask(num_queries, num_keys, rule.sliding_window, query.device)
+        positions = torch.arange(num_keys, device=query.device)
+        distance = positions[num_keys - num_queries :, None] - positions  # the last query sees the last key
+        mask = (distance >= 0) & (distance < (rule.sliding_window or num_keys))
     if rule.softcap is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rule.scaling)
     scores = rule.softcap * torch.tanh(query @ key.transpose(-1, -2) * (rule.scaling / rule.softcap))
@@ -126,19 +123,71 @@ def attend(query: Heads, key: Heads, value: Heads, rule: ScoreRule, mask: Tensor
     return weights.to(value.dtype) @ value
 
 
-def causal_mask(
-    num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device
-) -> Bool[Tensor, "query key"]:
-    """True where a query may look; the last query sees the last key (lower-right alignment)."""
-    positions = torch.arange(num_keys, device=device)
-    distance = positions[num_keys - num_queries :, None] - positions
-    return (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+def cascade(query: Heads, key: Tensor, value: Tensor, tree: TokenTree, rule: ScoreRule) -> Heads:
+    """On the CPU: each run attends to itself causally; then everything below a run, which lies behind it in one piece,
+    attends to it in one call. No key is copied, and no mask is made."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    runs = [slice(node.span.start, node.span.stop) for node in tree.nodes]
+    parts = [(own, own, True) for own in runs]
+    parts += [
+        (slice(own.stop, node.end), own, False) for own, node in zip(runs, tree.nodes, strict=True) if node.end > own.stop
+    ]
+    return _Cascade.apply(query.to(dtype), key.to(dtype), value.to(dtype), parts, rule.scaling)
 
 
-def _one_sequence(query: Heads, key: Tensor, value: Tensor, mask: Tensor | None, rule: ScoreRule) -> Heads:
-    """Rows that are no tree, for models with a softcap, which transformers' sdpa would leave out."""
-    repeats = query.shape[1] // key.shape[1]
-    return attend(query, repeat_kv(key, repeats), repeat_kv(value, repeats), rule, mask)
+class _Cascade(torch.autograd.Function):
+    """Attention in parts (queries, keys, whether causal) that are put together (Hydragen, one level: Juravsky et al. 2024,
+    arXiv 2402.05099; here of any depth). With a token's keys split into sets s, Z_s = Σ_{k in s} exp(q·k) and o_s the
+    attention over s alone:
+
+        log Z = logsumexp_s(log Z_s)        o = Σ_s exp(log Z_s - log Z) o_s
+
+    The gradient of each part is flash attention's own, given the whole's o and log Z in place of the part's (FlashAttention;
+    Dao et al. 2022, arXiv 2205.14135: dq, dk and dv need nothing else of the other keys). States are [kv_head, head of it,
+    time, dim]; keys and values are shared by the heads of a kv_head without a copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: list[Part], scaling: float) -> Tensor:
+        q, k, v = _by_kv_head(query, key, value)
+        out = torch.empty_like(q.permute(2, 0, 1, 3), memory_format=torch.contiguous_format).permute(1, 2, 0, 3)
+        log_z = q.new_empty(q.shape[:3], dtype=torch.float32)
+        for queries, keys, causal in parts:
+            o, log_z_seen = _forward(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, causal, scale=scaling)
+            if causal:  # the own run, which comes first
+                out[:, :, queries], log_z[:, :, queries] = o, log_z_seen
+                continue
+            whole = torch.logaddexp(log_z[:, :, queries], log_z_seen)
+            out[:, :, queries] *= (log_z[:, :, queries] - whole).exp_().unsqueeze(-1)
+            out[:, :, queries] += o * (log_z_seen - whole).exp_().unsqueeze(-1)
+            log_z[:, :, queries] = whole
+        ctx.save_for_backward(query, key, value, out, log_z)
+        ctx.parts, ctx.scaling = parts, scaling
+        return rearrange(out, "kv rep time dim -> 1 (kv rep) time dim")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, log_z = ctx.saved_tensors
+        q, k, v = _by_kv_head(query, key, value)
+        grads = [torch.empty_like(states) for states in (query, key, value)]
+        grad, to_q = (rearrange(x, "1 (kv rep) time dim -> kv rep time dim", kv=key.shape[1]) for x in (grad, grads[0]))
+        to_k, to_v = grads[1][0], grads[2][0]
+        for queries, keys, causal in ctx.parts:
+            states = (grad[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys], out[:, :, queries])
+            of_q, of_k, of_v = _backward(*states, log_z[:, :, queries], 0.0, causal, scale=ctx.scaling)
+            if causal:
+                to_q[:, :, queries], to_k[:, keys], to_v[:, keys] = of_q, of_k.sum(1), of_v.sum(1)
+            else:
+                to_q[:, :, queries] += of_q
+                to_k[:, keys] += of_k.sum(1)
+                to_v[:, keys] += of_v.sum(1)
+        return *grads, None, None
+
+
+def _by_kv_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q = rearrange(query, "1 (kv rep) time dim -> kv rep time dim", kv=key.shape[1])
+    k, v = (rearrange(states, "1 kv time dim -> kv 1 time dim").expand(-1, q.shape[1], -1, -1) for states in (key, value))
+    return q, k, v
 
 
 @cache
@@ -150,7 +199,6 @@ def _flex(query: Heads, key: Tensor, value: Tensor, tree: TokenTree, rule: Score
     """One FlexAttention call (Dong et al. 2024, arXiv 2412.05496): no key is copied, no score matrix is held."""
     if rule.sliding_window not in tree.block_masks:
         tree.block_masks[rule.sliding_window] = block_mask(tree, rule.sliding_window)
-
     softcap = rule.softcap or 0.0
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -170,7 +218,6 @@ def _flex(query: Heads, key: Tensor, value: Tensor, tree: TokenTree, rule: Score
 def block_mask(tree: TokenTree, sliding_window: int | None) -> BlockMask:
     """FlexAttention's form of the tree, shared by all layers with the same window; made a row of blocks at a time, so that
     no [time time] mask is held."""
-
     reach, depth = tree.reach, tree.depth
 
     def may_look(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:

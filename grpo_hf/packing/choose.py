@@ -62,12 +62,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _why_not(
-    model: PreTrainedModel,
-    layout: str,
-    samples: list[TrainingSample],
-    expected: Tensor,
-    tolerance: float,
-    own_attention: str,
+    model: PreTrainedModel, layout: str, samples: list[TrainingSample], expected: Tensor, tolerance: float, attention: str
 ) -> str | None:
     if layout == "packed" and not model._supports_attention_backend:
         return "its attention does not go through transformers' AttentionInterface"
@@ -77,7 +72,7 @@ def _why_not(
     ):
         return "its attention has dropout (disable_dropout=True switches that off)"
     if model._supports_attention_backend:
-        model.set_attn_implementation(TOKEN_TREE if layout == "packed" else own_attention)
+        model.set_attn_implementation(TOKEN_TREE if layout == "packed" else attention)
     batch = packed_batch(samples) if layout == "packed" else padded_batch(samples)
     try:
         logprobs, _ = batch_logprobs(model, batch.to(model.device))
@@ -90,25 +85,21 @@ def _why_not(
 def _samples_to_try(prompts: list[list[int]]) -> list[TrainingSample]:
     """Each prompt with continuations, and theirs; made of the prompts' own tokens, so that every id is in the vocabulary."""
     samples: list[TrainingSample] = []
-    for group, ids in enumerate(prompts):
-        for first, second in product(range(len(CONTINUATIONS)), repeat=2):
-            turns = [
-                [ids[(place + shift) % len(ids)] for place in range(CONTINUATIONS[n])]
-                for shift, n in ((1, first), (2, second))
-            ]
-            sequence = (*ids, *turns[0], *turns[1])
-            is_target = torch.arange(len(sequence)) >= len(ids)
-            samples.append(
-                TrainingSample(
-                    ids=sequence,
-                    is_target=is_target,
-                    advantages=is_target.float(),
-                    completion=len(samples),
-                    group=group,
-                    completion_length=int(is_target.sum()),
-                    versions=torch.zeros(int(is_target.sum()), dtype=torch.long),
-                )
+    for (group, ids), *lengths in product(enumerate(prompts), CONTINUATIONS, CONTINUATIONS):
+        turns = [[ids[(place + shift) % len(ids)] for place in range(n)] for shift, n in enumerate(lengths, start=1)]
+        sequence, targets = (*ids, *turns[0], *turns[1]), sum(lengths)
+        is_target = torch.arange(len(sequence)) >= len(ids)
+        samples.append(
+            TrainingSample(
+                ids=sequence,
+                is_target=is_target,
+                advantages=is_target.float(),
+                completion=len(samples),
+                group=group,
+                completion_length=targets,
+                versions=torch.zeros(targets, dtype=torch.long),
             )
+        )
     return samples
 
 

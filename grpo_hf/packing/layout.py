@@ -93,8 +93,8 @@ def packed_batch(
     depth = torch.cat([torch.arange(run.start, run.stop) for run in runs])
     reach = torch.cat([torch.full((len(node.span),), node.end) for node in nodes])
     return _batch(
-        [samples[number] for number in members],
-        list(members),
+        samples,
+        members,
         [places[number] for number in range(len(sequences))],
         input_ids=ids[None],
         position_ids=depth[None],
@@ -133,8 +133,8 @@ def padded_batch(samples: Sequence[TrainingSample], members: Sequence[int] | Non
         input_ids[row, : len(ids)] = torch.tensor(ids)
         attention_mask[row, : len(ids)] = 1
     return _batch(
-        [samples[number] for number in members],
-        list(members),
+        samples,
+        members,
         [torch.arange(row * longest, row * longest + len(ids)) for row, ids in enumerate(sequences)],
         input_ids=input_ids,
         position_ids=torch.arange(longest).expand(len(sequences), -1),
@@ -144,27 +144,26 @@ def padded_batch(samples: Sequence[TrainingSample], members: Sequence[int] | Non
 
 
 def _batch(
-    samples: Sequence[TrainingSample], numbers: list[int], places: Sequence[Int[Tensor, " time"]], **rows: object
+    every: Sequence[TrainingSample], members: Sequence[int], places: Sequence[Int[Tensor, " time"]], **rows: object
 ) -> PackedBatch:
-    """A layout with the samples' targets; ``places`` say where in the flattened rows each sample's inputs lie."""
+    """A layout with the members' targets; ``places`` say where in the flattened rows the inputs of each lie."""
+    samples = [every[number] for number in members]
     at = [sample.is_target.nonzero().squeeze(1) for sample in samples]
-    scored_at, scored = torch.cat([place[targets - 1] for place, targets in zip(places, at, strict=True)]).unique(
-        return_inverse=True
-    )
-    completions = {number: place for place, number in enumerate(dict.fromkeys(sample.completion for sample in samples))}
-    lengths = {sample.completion: sample.completion_length for sample in samples}
     counts = [len(targets) for targets in at]
+    scored_at = torch.cat([place[targets - 1] for place, targets in zip(places, at, strict=True)])
+    scored_at, scored = scored_at.unique(return_inverse=True)
+    lengths = {sample.completion: sample.completion_length for sample in samples}
+    completions = {number: place for place, number in enumerate(lengths)}
+    completion = torch.tensor([completions[sample.completion] for sample in samples])
     return PackedBatch(
         **rows,  # type: ignore[arg-type]
         scored_at=scored_at,
         scored=scored,
         targets=torch.cat([torch.tensor(sample.ids)[targets] for sample, targets in zip(samples, at, strict=True)]),
         advantages=torch.cat([sample.advantages[targets] for sample, targets in zip(samples, at, strict=True)]),
-        completion=torch.tensor([completions[sample.completion] for sample in samples]).repeat_interleave(
-            torch.tensor(counts)
-        ),
-        lengths=torch.tensor([lengths[number] for number in completions]),
-        samples=numbers,
+        completion=completion.repeat_interleave(torch.tensor(counts)),
+        lengths=torch.tensor(list(lengths.values())),
+        samples=list(members),
         num_targets=counts,
         rollout_logprobs=_joined([sample.rollout_logprobs for sample in samples], counts),
         old_logprobs=_joined([sample.old_logprobs for sample in samples], counts),
@@ -176,9 +175,8 @@ def _joined(values: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | 
     """The samples' values one after the other, NaN for samples without; None where no sample has any."""
     if all(value is None for value in values):
         return None
-    return torch.cat(
-        [torch.full((n,), torch.nan) if value is None else value for value, n in zip(values, counts, strict=True)]
-    )
+    pairs = zip(values, counts, strict=True)
+    return torch.cat([torch.full((count,), torch.nan) if value is None else value for value, count in pairs])
 
 
 def _by_completion(samples: Sequence[TrainingSample]) -> dict[int, list[int]]:

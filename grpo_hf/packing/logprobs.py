@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +54,12 @@ def batch_logprobs(model: PreTrainedModel, batch: PackedBatch, *, temperature: f
     π is the model's softmax(logits / temperature), before any top-k, top-p or min-p. ``model`` is the causal LM itself
     (no DDP wrapper); both results carry gradients.
     """
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if batch.tree is None:
-        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
-    else:
-        # A four-dimensional mask is handed on by transformers as it is; the attention function looks at the tree.
-        inputs = {"attention_mask": batch.input_ids.new_ones(1, 1, 1, 1), "tree": batch.tree}
-    decoder = model.get_decoder()
-    hidden = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs)[0]
+        inputs["attention_mask"] = batch.attention_mask
+    else:  # a four-dimensional mask is handed on by transformers as it is; the attention function looks at the tree
+        inputs |= {"attention_mask": batch.input_ids.new_ones(1, 1, 1, 1), "tree": batch.tree}
+    hidden = model.get_decoder()(**inputs)[0]
     return head_logprobs(
         hidden.flatten(0, 1)[batch.scored_at],
         batch.targets,
@@ -89,12 +88,9 @@ def head_logprobs(
     quantized, a bias, a softcap) is called chunk by chunk under checkpointing, which holds as little and costs a call more.
     """
     device = "cpu" if hidden.device.type == "cpu" else "cuda"
-    vocab = _vocab_size(head)
-    if logits_per_chunk is None:
-        logits_per_chunk = max(LOGITS_PER_CHUNK[device], TOKENS_PER_CHUNK * vocab)
-    chunk = max(1, logits_per_chunk // vocab)
-    if logits_kept is None:
-        logits_kept = LOGITS_KEPT[device]
+    vocab = getattr(head, "out_features", 0) or max(p.shape[0] for p in head.parameters())
+    chunk = max(1, (logits_per_chunk or max(LOGITS_PER_CHUNK[device], TOKENS_PER_CHUNK * vocab)) // vocab)
+    logits_kept = LOGITS_KEPT[device] if logits_kept is None else logits_kept
     rows = torch.arange(len(targets), device=targets.device) if rows is None else rows
     if type(head) is nn.Linear and head.bias is None and transform is None:
         kept = logits_kept if torch.is_grad_enabled() else 0
@@ -108,9 +104,9 @@ def head_logprobs(
 
     parts = []
     order = rows.argsort(stable=True)
-    for part in _chunks(rows, len(hidden), chunk):
-        at = order[part.tokens]
-        parts.append(checkpoint(score, hidden[part.rows], targets[at], rows[at] - part.rows.start, use_reentrant=False))
+    for here, tokens in _chunks(rows, len(hidden), chunk):
+        at = order[tokens]
+        parts.append(checkpoint(score, hidden[here], targets[at], rows[at] - here.start, use_reentrant=False))
     logprobs = torch.cat([logprobs for logprobs, _ in parts])[order.argsort()]
     return logprobs, torch.cat([entropy for _, entropy in parts])[rows]
 
@@ -123,10 +119,6 @@ def logit_transform(model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None
         if value is not None and not (name != "final_logit_softcapping" and value == 1):
             return partial(transform, value)
     return None
-
-
-def _vocab_size(head: nn.Module) -> int:
-    return getattr(head, "out_features", 0) or max(p.shape[0] for p in head.parameters())
 
 
 class _FusedLinearLogprobs(torch.autograd.Function):
@@ -158,16 +150,16 @@ class _FusedLinearLogprobs(torch.autograd.Function):
         expected = torch.empty_like(hidden) if frozen else None
         kept_chunks: list[Tensor] = []
         order = rows.argsort(stable=True)
-        for part in _chunks(rows, len(hidden), chunk):
-            at = order[part.tokens]
-            logp = _logits(hidden[part.rows], compute_weight, temperature)
-            for block, of_block in _blocks(logp, entropy[part.rows]):
+        for here, tokens in _chunks(rows, len(hidden), chunk):
+            at = order[tokens]
+            logp = _logits(hidden[here], compute_weight, temperature)
+            for block, of_block in _blocks(logp, entropy[here]):
                 block.copy_(block.log_softmax(-1))
                 torch.sum(block.exp().mul_(block), -1, out=of_block).neg_()
-            logprobs[at] = logp[rows[at] - part.rows.start, targets[at]]
+            logprobs[at] = logp[rows[at] - here.start, targets[at]]
             if expected is not None:
-                expected[part.rows] = logp.exp_().to(dtype) @ compute_weight
-            elif part.rows.stop * len(weight) <= kept:
+                expected[here] = logp.exp_().to(dtype) @ compute_weight
+            elif here.stop * len(weight) <= kept:
                 kept_chunks.append(logp)
         ctx.save_for_backward(hidden, weight, targets, rows, order, entropy, expected, *kept_chunks)
         ctx.dtype, ctx.temperature, ctx.chunk = dtype, temperature, chunk
@@ -186,21 +178,17 @@ class _FusedLinearLogprobs(torch.autograd.Function):
             return grad_hidden.index_add_(0, rows, of_targets.to(expected.dtype)), *[None] * 6
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        buffer: Tensor | None = None  # for the gradient of a chunk's logits: fresh memory would take longer than its use
-        for number, part in enumerate(_chunks(rows, len(hidden), ctx.chunk)):
-            at, here = order[part.tokens], part.rows
-            done = number < len(kept_chunks)
-            logp = kept_chunks[number] if done else _logits(hidden[here], compute_weight, ctx.temperature)
-            if buffer is None or buffer.shape != logp.shape:
-                buffer = torch.empty_like(logp)
-            grad_logits = buffer
-            of_entropy = torch.zeros_like(entropy) if grad_entropy is None else grad_entropy
-            for block, grad, *of_rows in _blocks(logp, grad_logits, grad_of_row[here], entropy[here], of_entropy[here]):
-                of_logprobs, h, of_h = (values[:, None] for values in of_rows)
-                logp_of_block = block if done else block.log_softmax(-1)
-                torch.exp(logp_of_block, out=grad).mul_(-of_logprobs)
-                if grad_entropy is not None:
-                    grad.sub_(logp_of_block.exp().mul_((logp_of_block + h).mul_(of_h)))
+        of_rows = [grad_of_row[:, None], entropy[:, None]]  # the coefficient of -p in dL/dz follows from these
+        of_rows += [] if grad_entropy is None else [grad_entropy[:, None]]
+        buffer = torch.empty(0, device=hidden.device)  # fresh memory for each chunk would take longer than its use
+        for number, (here, tokens) in enumerate(_chunks(rows, len(hidden), ctx.chunk)):
+            at, kept = order[tokens], number < len(kept_chunks)
+            logp = kept_chunks[number] if kept else _logits(hidden[here], compute_weight, ctx.temperature)
+            grad_logits = buffer = buffer if buffer.shape == logp.shape else torch.empty_like(logp)
+            for block, grad, of_logprobs, h, *of_h in _blocks(logp, buffer, *(values[here] for values in of_rows)):
+                logp_of_block = block if kept else block.log_softmax(-1)
+                coefficient = of_logprobs + of_h[0] * (logp_of_block + h) if of_h else of_logprobs
+                torch.exp(logp_of_block, out=grad).mul_(coefficient.neg())
             grad_logits.index_put_((rows[at] - here.start, targets[at]), grad_of_token[at], accumulate=True)
             if ctx.temperature != 1:
                 grad_logits.div_(ctx.temperature)
@@ -226,15 +214,9 @@ def _blocks(logits: Float[Tensor, "row vocab"], *others: Tensor) -> Iterator[tup
     return zip(logits.split(rows), *(values.split(rows) for values in others), strict=True)
 
 
-class _Chunk(NamedTuple):
-    rows: slice
-    """Hidden states."""
-    tokens: slice
-    """Their targets, in the order of the rows."""
-
-
-def _chunks(rows: Int[Tensor, " token"], num_rows: int, chunk: int) -> Iterator[_Chunk]:
+def _chunks(rows: Int[Tensor, " token"], num_rows: int, chunk: int) -> Iterator[tuple[slice, slice]]:
+    """Hidden states, and their targets in the order of the rows."""
     ends = [0, *rows.bincount(minlength=num_rows).cumsum(0).tolist()]
     for start in range(0, num_rows, chunk):
         stop = min(start + chunk, num_rows)
-        yield _Chunk(slice(start, stop), slice(ends[start], ends[stop]))
+        yield slice(start, stop), slice(ends[start], ends[stop])

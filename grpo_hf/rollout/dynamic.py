@@ -6,7 +6,7 @@ What the run has learned of its prompts is a `Memory`; everything else here is a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -106,10 +106,6 @@ class Choice:
                 found.append(row)
         return found
 
-    def feedback(self, draw: Draw, groups: Iterable[tuple[int, Group]]) -> list[tuple[int, float, bool]]:
-        """What this process's groups, by place, have shown: prompt, pass rate, whether it was informative."""
-        return [(draw.rows[n], pass_rate(group, self.solved_reward), is_informative(group)) for n, group in groups]
-
 
 @dataclass
 class Draw:
@@ -121,18 +117,6 @@ class Draw:
     """Each process's."""
     skipped: list[int]
     """Prompts that were due and that the curriculum has left out."""
-
-
-@dataclass
-class Feedback:
-    """What one rollout has shown of its prompts, over all processes."""
-
-    rates: dict[int, float | None]
-    """One entry for the history of each prompt."""
-    informative: int
-    """Groups with different rewards."""
-    sampled: int
-    """Groups."""
 
 
 @dataclass
@@ -150,22 +134,17 @@ class Memory:
         """How many groups to sample for so many informative ones."""
         return math.ceil(missing / self.acceptance)
 
-    def learn(self, rollout: int, feedback: Feedback) -> None:
-        """Take in a rollout, once."""
+    def learn(self, rollout: int, seen: list[tuple[int, float, bool]], skipped: list[int], *, histories: bool) -> None:
+        """Take in a rollout, once: of each group of all processes the prompt, its pass rate (NaN: no visit) and whether it
+        was informative, and the prompts that were skipped; into ``histories`` where a curriculum wants them."""
         if rollout < self.rollouts:
             return
         self.rollouts = rollout + 1
-        newest = feedback.informative / feedback.sampled
+        newest = sum(informative for *_, informative in seen) / len(seen)
         self.acceptance = min(1.0, max(LEAST_ACCEPTANCE, (1 - NEWEST) * self.acceptance + NEWEST * newest))
-        for row, rate in feedback.rates.items():
+        rates: dict[int, float | None] = {row: rate for row, rate, _ in seen if histories and not math.isnan(rate)}
+        for row, rate in (rates | dict.fromkeys(skipped)).items():
             self.histories.setdefault(row, []).append(rate)
-
-
-def gathered(everyone: list[list[tuple[int, float, bool]]], draw: Draw, *, histories: bool) -> Feedback:
-    """All processes' parts in one; a group without any reward is no visit."""
-    seen = [item for part in everyone for item in part]
-    rates: dict[int, float | None] = {row: rate for row, rate, _ in seen if not math.isnan(rate)} if histories else {}
-    return Feedback(rates | dict.fromkeys(draw.skipped), sum(informative for *_, informative in seen), len(seen))
 
 
 def is_informative(group: Group) -> bool:

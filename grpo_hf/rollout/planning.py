@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,6 @@ from torch import Tensor
 from grpo_hf.algorithm.aggregation import Denominators
 from grpo_hf.packing.layout import num_tokens
 from grpo_hf.rollout.peers import Peers
-from grpo_hf.rollout.sampler import scores_of
 from grpo_hf.types import Completion, Group, TrainingSample
 
 if TYPE_CHECKING:
@@ -62,36 +61,33 @@ class Plan:
         A completion without a reward (NaN) has no part in the loss.
         """
         assign_advantages(groups, self.credit, self.reward_weights, peers)
-        parts = _split([(group, item) for group in groups for item in group.completions], self.updates_per_rollout)
-        tokens = [sum(num_sampled(item) for _, item in part if self._counts(item)) for part in parts]
-        sequences = sum(not math.isnan(item.reward) for part in parts for _, item in part)
-        everyone = peers.gather((tokens, sequences, sum(map(len, parts)), len(groups)))
+        completions = [item for group in groups for item in group.completions]
+        count, cuts = len(completions), self.updates_per_rollout
+        # In order, into equal parts; a cut may run through a group.
+        parts = [slice(part * count // cuts, (part + 1) * count // cuts) for part in range(cuts)]
+        tokens = [sum(num_sampled(item) for item in completions[part] if self._counts(item)) for part in parts]
+        sequences = sum(not math.isnan(item.reward) for item in completions)
+        everyone = peers.gather((tokens, sequences, count, len(groups)))
         of_updates = [sum(column) for column in zip(*(tokens for tokens, *_ in everyone), strict=True)]
         firsts = [sum(counts[place] for counts in everyone[: peers.rank]) for place in (2, 3)]
-        samples = iter(numbered_samples(groups, version, *firsts))
-        by_update = [[(item, next(samples)) for _, item in part] for part in parts]
-        return [
-            self._update(
-                part,
-                Denominators(
-                    tokens=sum(of_updates) / self.updates_per_rollout,
-                    update_tokens=of_update,
-                    sequences=max(sum(counts[1] for counts in everyone), 1) / self.updates_per_rollout,
-                    local_tokens=local,
-                    num_processes=peers.count,
-                    max_completion_length=self.max_completion_length,
-                ),
-                peers,
+        samples = numbered_samples(groups, version, *firsts)
+        updates = []
+        for part, of_update, local in zip(parts, of_updates, tokens, strict=True):
+            pairs = zip(completions[part], samples[part], strict=True)
+            kept = [pruned for item, sample in pairs if self._counts(item) and (pruned := self._pruned(sample))]
+            if self.balance:
+                kept = balanced(kept, peers)
+            denominators = Denominators(
+                tokens=sum(of_updates) / cuts,
+                update_tokens=of_update,
+                sequences=max(sum(counts[1] for counts in everyone), 1) / cuts,
+                local_tokens=local,
+                num_processes=peers.count,
+                max_completion_length=self.max_completion_length,
             )
-            for part, of_update, local in zip(by_update, of_updates, tokens, strict=True)
-        ]
-
-    def _update(self, part: list[tuple[Completion, TrainingSample]], denominators: Denominators, peers: Peers) -> Update:
-        kept = [pruned for item, sample in part if self._counts(item) and (pruned := self._pruned(sample))]
-        if self.balance:
-            kept = balanced(kept, peers)
-        smallest = min((sample for _, sample in part), key=lambda sample: len(sample.ids))
-        return Update(kept or [smallest], denominators, idle=not kept)
+            smallest = min(samples[part], key=lambda sample: len(sample.ids))
+            updates.append(Update(kept or [smallest], denominators, idle=not kept))
+        return updates
 
     def _counts(self, completion: Completion) -> bool:
         return not (math.isnan(completion.reward) or (self.mask_truncated_completions and completion.truncated))
@@ -120,10 +116,12 @@ def numbered_samples(
     groups: Sequence[Group], version: int, first_completion: int = 0, first_group: int = 0
 ) -> list[TrainingSample]:
     """One sample a completion, numbered on from these."""
-    members = [(number, group, item) for number, group in enumerate(groups) for item in group.completions]
+    members = [
+        (group.prompt.ids, item, number) for number, group in enumerate(groups, first_group) for item in group.completions
+    ]
     return [
-        sample_of(group.prompt.ids, item, version, completion=first_completion + place, group=first_group + number)
-        for place, (number, group, item) in enumerate(members)
+        sample_of(prompt, item, version, completion=place, group=number)
+        for place, (prompt, item, number) in enumerate(members, first_completion)
     ]
 
 
@@ -132,7 +130,7 @@ def sample_of(prompt: Sequence[int], item: Completion, version: int, *, completi
     if item.advantage is None:
         raise ValueError(f"completion {completion} has no advantage; assign_advantages compares it with its group")
     is_target = torch.tensor([False] * len(prompt) + (item.is_sampled or [True] * len(item.ids)))
-    logprobs = item.rollout_logprobs
+    logprobs = item.rollout_logprobs and [math.nan if value is None else value for value in item.rollout_logprobs]
     return TrainingSample(
         ids=(*prompt, *item.ids),
         is_target=is_target,
@@ -141,10 +139,13 @@ def sample_of(prompt: Sequence[int], item: Completion, version: int, *, completi
         group=group,
         completion_length=num_sampled(item),
         versions=torch.full((num_sampled(item),), version),
-        rollout_logprobs=None
-        if logprobs is None
-        else torch.tensor([math.nan if value is None else value for value in logprobs], dtype=torch.float32),
+        rollout_logprobs=None if logprobs is None else torch.tensor(logprobs, dtype=torch.float32),
     )
+
+
+def scores_of(completion: Completion) -> list[float]:
+    """Its scores, in the order of the rewards; NaN where a verifier's outcome leaves the completion out."""
+    return [score if completion.valid else math.nan for score in completion.rewards.values()]
 
 
 def num_sampled(completion: Completion) -> int:
@@ -155,17 +156,10 @@ def num_sampled(completion: Completion) -> int:
 def until(sample: TrainingSample, stop: int) -> TrainingSample:
     """The first ``stop`` tokens of a sample, with what belongs to them."""
     targets = int(sample.is_target[:stop].sum())
-    per_target = {
-        name: None if (values := getattr(sample, name)) is None else values[:targets]
-        for name in ("versions", "rollout_logprobs", "old_logprobs", "ref_logprobs")
-    }
-    return replace(
-        sample,
-        ids=sample.ids[:stop],
-        is_target=sample.is_target[:stop],
-        advantages=sample.advantages[:stop],
-        **per_target,  # type: ignore[arg-type]
-    )
+    names = ("versions", "rollout_logprobs", "old_logprobs", "ref_logprobs")
+    per_target: dict[str, Any] = {name: value[:targets] for name in names if (value := getattr(sample, name)) is not None}
+    per_token: dict[str, Any] = {name: getattr(sample, name)[:stop] for name in ("ids", "is_target", "advantages")}
+    return replace(sample, **per_token, **per_target)
 
 
 def balanced(samples: list[TrainingSample], peers: Peers) -> list[TrainingSample]:
@@ -186,9 +180,3 @@ def shares(samples: list[TrainingSample], count: int) -> list[list[TrainingSampl
         parts[place] += groups[number]
         totals[place] += sizes[number]
     return parts
-
-
-def _split(completions: list[tuple[Group, Completion]], parts: int) -> list[list[tuple[Group, Completion]]]:
-    """Cut the completions, in order, into equal parts; a cut may run through a group."""
-    count = len(completions)
-    return [completions[part * count // parts : (part + 1) * count // parts] for part in range(parts)]

@@ -35,15 +35,8 @@ def write_rollout(folder: Path, rollout: Rollout, *, step: int, process: int) ->
         prompt = group.prompt.raw if isinstance(group.prompt.raw, str) else repr(group.prompt.raw)
         for item in group.completions:
             rows.append(
-                {
-                    "step": step,
-                    "rollout": rollout.index,
-                    "weights": rollout.version,
-                    "process": process,
-                    "prompt": prompt,
-                    "completion": item.text,
-                }
-                | {"length": num_sampled(item), "truncated": item.truncated}
+                {"step": step, "rollout": rollout.index, "weights": rollout.version, "process": process}
+                | {"prompt": prompt, "completion": item.text, "length": num_sampled(item), "truncated": item.truncated}
                 | {f"rewards/{name}": value for name, value in item.rewards.items()}
                 | {f"outcomes/{name}": outcome for name, outcome in item.outcomes.items()}
                 | {"reward": item.reward, "advantage": item.advantage}
@@ -85,17 +78,13 @@ def record_rollout(metrics: Metrics, rollout: Rollout, peers: Peers) -> None:
         )
     if rollout.skipped is not None:
         metrics.mean("dynamic/skipped", rollout.skipped, len(everyone))
-    if rollout.rounds is not None:
-        record_dynamic(metrics, rollout.sampled, rollout.groups, rollout.rounds)
-
-
-def record_dynamic(metrics: Metrics, sampled: list[Group], kept: list[Group], rounds: int) -> None:
-    """Log what was sampled for what is kept; `reward` and its like are of the kept groups alone."""
-    metrics.mean("dynamic/acceptance", sum(map(is_informative, sampled)), len(sampled))
-    metrics.mean("dynamic/sampled_per_kept", len(sampled), len(kept))
-    metrics.mean("dynamic/rounds", rounds)
-    rewards = [item.reward for group in sampled for item in group.completions if not math.isnan(item.reward)]
-    metrics.mean("dynamic/reward", math.fsum(rewards), len(rewards))
+    if rollout.rounds is not None:  # what was sampled for what is kept; `reward` and its like are of the kept groups alone
+        sampled = rollout.sampled
+        metrics.mean("dynamic/acceptance", sum(map(is_informative, sampled)), len(sampled))
+        metrics.mean("dynamic/sampled_per_kept", len(sampled), len(rollout.groups))
+        metrics.mean("dynamic/rounds", rollout.rounds)
+        rewards = [item.reward for group in sampled for item in group.completions if not math.isnan(item.reward)]
+        metrics.mean("dynamic/reward", math.fsum(rewards), len(rewards))
 
 
 def num_tokens(groups: list[Group]) -> int:
@@ -105,19 +94,15 @@ def num_tokens(groups: list[Group]) -> int:
 
 def num_padded_tokens(groups: list[Group]) -> int:
     """Input tokens when every completion is a row padded to the longest prompt and the longest completion (TRL's)."""
-    completions = [completion for group in groups for completion in group.completions]
-    longest_prompt = max(len(group.prompt.ids) for group in groups)
-    return len(completions) * (longest_prompt + max(len(completion.ids) for completion in completions))
+    lengths = [len(item.ids) for group in groups for item in group.completions]
+    return len(lengths) * (max(len(group.prompt.ids) for group in groups) + max(lengths))
 
 
 def summarize_all(groups: list[Group], peers: Peers) -> list[GroupSummary]:
     """The numbers of every process's completions, without their text and tokens."""
+    names = ("truncated", "reward", "advantage", "rewards")
     mine = [
-        [
-            {"length": num_sampled(item), "truncated": item.truncated, "reward": item.reward, "advantage": item.advantage}
-            | {"rewards": item.rewards}
-            for item in group.completions
-        ]
+        [{"length": num_sampled(item)} | {name: getattr(item, name) for name in names} for item in group.completions]
         for group in groups
     ]
     return [group for part in peers.gather(mine) for group in part]

@@ -1,18 +1,99 @@
-"""Which prompts come next, sampled and scored: one rollout at a time, or the next one while this one is trained on."""
+"""Which prompts come next, sampled and scored: one rollout at a time, or the next one while this one is trained on.
+
+A `GroupSampler` makes scored groups of prompts, in training as in evaluation; a `RolloutStream` says of which prompts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from grpo_hf.algorithm.advantages import weighted_sum
+from grpo_hf.metrics import Metrics
+from grpo_hf.rewards import Scorer
 from grpo_hf.rewards.faults import Tally, merged
-from grpo_hf.rollout.dynamic import Choice, Draw, Memory, chosen, gathered, is_informative
-from grpo_hf.rollout.engine import Sampling
+from grpo_hf.rollout.dynamic import Choice, Draw, Memory, chosen, is_informative, pass_rate
+from grpo_hf.rollout.engine import Engine, Sampling
 from grpo_hf.rollout.peers import ALONE, Peers
-from grpo_hf.rollout.planning import Update
+from grpo_hf.rollout.planning import Update, scores_of
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, derived_seed
-from grpo_hf.rollout.sampler import GroupSampler, PendingGroups
 from grpo_hf.types import Group, Prompt
+
+
+@dataclass
+class PendingGroups:
+    """Groups that an engine has been asked for."""
+
+    groups: list[Group]
+    """Without completions as yet."""
+    completions: Iterable[tuple[int, list[Completion]]]
+    """See Engine.sample: the completions of groups by their number, as they finish."""
+
+    def wait(self) -> None:
+        """Until all completions are there, so that the engine may be given other weights."""
+        self.completions = list(self.completions)
+
+
+@dataclass
+class GroupSampler:
+    """An engine, a tokenizer and verifiers, put together."""
+
+    engine: Engine
+    """Samples token ids."""
+    tokenizer: PreTrainedTokenizerBase
+    """Decodes them for the verifiers."""
+    scorer: Scorer
+    """The verifiers, and what runs them."""
+    metrics: Metrics = field(default_factory=Metrics)
+    """Where the times go."""
+
+    def sample(
+        self,
+        prompts: list[Prompt],
+        seeds: list[int],
+        num_generations: int,
+        sampling: Sampling,
+        *,
+        trainer_state: Any = None,
+    ) -> tuple[list[Group], Tally]:
+        """One scored group a prompt, and how the verifiers' calls ended, which may ask for the trainer's state."""
+        return self.finish(self.start(prompts, seeds, num_generations, sampling), trainer_state=trainer_state)
+
+    def start(self, prompts: list[Prompt], seeds: list[int], num_generations: int, sampling: Sampling) -> PendingGroups:
+        """Ask the engine for groups; one that is elsewhere works on them from now on."""
+        asked = self.engine.sample([prompt.ids for prompt in prompts], seeds, num_generations, sampling)
+        return PendingGroups([Group(prompt, []) for prompt in prompts], asked)
+
+    def finish(self, pending: PendingGroups, *, trainer_state: Any = None) -> tuple[list[Group], Tally]:
+        """The groups, decoded; each is scored while others are still sampled, and "score" is the time left after that."""
+        groups = pending.groups
+        with self.scorer.round(trainer_state) as scoring:
+            with self.metrics.phase("generate"):
+                scoring.expect(group.prompt.row for group in groups)
+                for number, completions in pending.completions:
+                    texts = self.tokenizer.batch_decode([item.ids for item in completions], skip_special_tokens=True)
+                    for completion, text in zip(completions, texts, strict=True):
+                        completion.text = text
+                    groups[number].completions = completions
+                    scoring.add_group(number, groups[number])
+            with self.metrics.phase("score"):
+                tally = self.scorer.settle(groups, list(scoring.verdicts()), self.metrics.mean)
+        set_rewards(groups, self.scorer.weights)
+        return groups, tally
+
+
+def set_rewards(groups: Iterable[Group], weights: list[float]) -> None:
+    """`completion.reward` = the weighted sum of its scores, which is what is logged and looked at."""
+    completions = [item for group in groups for item in group.completions]
+    if completions:
+        scores = torch.tensor([[scores_of(item)] for item in completions], dtype=torch.float64)
+        rewards = weighted_sum(scores, torch.tensor(weights, dtype=torch.float64))
+        for completion, (reward,) in zip(completions, rewards.tolist(), strict=True):
+            completion.reward = reward
 
 
 @dataclass
@@ -91,10 +172,17 @@ class RolloutStream:
         return Rollout(index, asked.version, kept, groups, merged(tallies), rounds, skipped)
 
     def _ask_for(self, index: int, version: int) -> PendingRollout:
-        draw = self._first_round(index)
+        draw = self.choice.first_round(self.order, index, self.memory, self.peers.count)
         with self.sampler.metrics.phase("sync"):
             self.sampler.engine.sync_weights(version)
         return PendingRollout(index, version, self._start(index, draw, draw.places[self.peers.rank]), draw)
+
+    def _start(self, index: int, draw: Draw, places: list[int]) -> PendingGroups:
+        return self.sampler.start(*self._requests(index, draw, places), self.num_generations, self.sampling)
+
+    def _requests(self, index: int, draw: Draw, places: list[int]) -> tuple[list[Prompt], list[int]]:
+        prompts = [self.prompts[draw.rows[place]] for place in places]
+        return prompts, [derived_seed(self.order.seed, "sample", index, place) for place in places]
 
     def _until_informative(
         self, asked: PendingRollout, groups: list[Group], trainer_state: Any
@@ -118,25 +206,17 @@ class RolloutStream:
 
     def draw(self, index: int) -> tuple[list[Prompt], list[int]]:
         """This process's prompts of a rollout, and a seed for each group that does not depend on the processes."""
-        draw = self._first_round(index)
+        draw = self.choice.first_round(self.order, index, self.memory, self.peers.count)
         return self._requests(index, draw, draw.places[self.peers.rank])
-
-    def _first_round(self, index: int) -> Draw:
-        return self.choice.first_round(self.order, index, self.memory, self.peers.count)
-
-    def _requests(self, index: int, draw: Draw, places: list[int]) -> tuple[list[Prompt], list[int]]:
-        prompts = [self.prompts[draw.rows[place]] for place in places]
-        return prompts, [derived_seed(self.order.seed, "sample", index, place) for place in places]
-
-    def _start(self, index: int, draw: Draw, places: list[int]) -> PendingGroups:
-        return self.sampler.start(*self._requests(index, draw, places), self.num_generations, self.sampling)
 
     def _learn(self, index: int, draw: Draw, groups: list[Group]) -> None:
         """What the groups have shown of their prompts; nothing where nothing is chosen by it."""
         if self.choice.dynamic_sampling or self.choice.curricula:
-            mine = self.choice.feedback(draw, zip(draw.places[self.peers.rank], groups, strict=True))
-            everyone = self.peers.gather(mine)
-            self.memory.learn(index, gathered(everyone, draw, histories=bool(self.choice.curricula)))
+            rows = [draw.rows[place] for place in draw.places[self.peers.rank]]
+            solved = self.choice.solved_reward
+            mine = [(row, pass_rate(group, solved), is_informative(group)) for row, group in zip(rows, groups, strict=True)]
+            everyone = [item for part in self.peers.gather(mine) for item in part]
+            self.memory.learn(index, everyone, draw.skipped, histories=bool(self.choice.curricula))
 
     def settle(self) -> None:
         """Wait for what is being sampled ahead: before the engine gets other weights, and before it is saved."""

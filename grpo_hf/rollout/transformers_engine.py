@@ -7,29 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_hf.rollout.engine import Sampling
 from grpo_hf.types import Completion
 
 
-class SeededSampling(LogitsProcessor):
+class SeededSampling(transformers.LogitsProcessor):
     """Draws each row's token with that row's own random numbers and leaves it as the only choice.
 
     Inverse transform sampling: the first token whose cumulative probability exceeds u. One u a row and step, drawn from
@@ -53,7 +41,7 @@ class SeededSampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
 
 
-class StopAtText(StoppingCriteria):
+class StopAtText(transformers.StoppingCriteria):
     """Ends the rows whose newest tokens spell a stop string; `cut_at_text` says which token was the last."""
 
     def __init__(self, stop_strings: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, *, prompt_length: int):
@@ -83,8 +71,8 @@ class TransformersEngine:
     ):
         """``tokenizer`` is for stop strings alone; ``dtype`` is what autocast computes in, None without it; ``together``:
         forward passes take all processes, so that each goes on until all have finished."""
-        self.model, self.pad_token_id, self.tokenizer = model, pad_token_id, tokenizer
-        self.dtype, self.together = dtype, together
+        self.model, self.pad_token_id, self.dtype, self.together = model, pad_token_id, dtype, together
+        self.tokenizer: Any = tokenizer
 
     def sync_weights(self, version: int) -> None:
         """Nothing to do: the engine reads the trainer's own tensors."""
@@ -105,6 +93,10 @@ class TransformersEngine:
         input_ids = torch.tensor([[self.pad_token_id] * (longest - len(ids)) + ids for ids in rows], device=device)
         attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows], device=device)
         processors = processors_for(sampling, row_seeds, prompt_length=longest)
+        criteria = transformers.StoppingCriteriaList()
+        if sampling.stop_strings:
+            assert self.tokenizer is not None
+            criteria.append(StopAtText(sampling.stop_strings, self.tokenizer, prompt_length=longest))
         # A model's own generation defaults (a repetition penalty, say) would sample from another distribution. Under PEFT
         # it is the model inside that generate reads them from.
         lm: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -119,7 +111,7 @@ class TransformersEngine:
                     attention_mask=attention_mask,
                     logits_processor=processors,
                     synced_gpus=self.together,
-                    stopping_criteria=self._criteria(sampling, prompt_length=longest),
+                    stopping_criteria=criteria,
                     generation_config=GenerationConfig(
                         do_sample=False,
                         max_new_tokens=sampling.max_completion_length,
@@ -132,40 +124,30 @@ class TransformersEngine:
             self.model.train(was_training)
         tokens = iter(output[:, longest:].tolist())
         for number in range(len(prompts)):
-            yield number, [self._cut(next(tokens), sampling) for _ in range(num_generations)]
-
-    def _criteria(self, sampling: Sampling, *, prompt_length: int) -> StoppingCriteriaList:
-        if not sampling.stop_strings:
-            return StoppingCriteriaList()
-        assert self.tokenizer is not None
-        return StoppingCriteriaList([StopAtText(sampling.stop_strings, self.tokenizer, prompt_length=prompt_length)])
-
-    def _cut(self, tokens: list[int], sampling: Sampling) -> Completion:
-        completion = cut_at_stop(tokens, sampling.stop_token_ids)
-        if sampling.stop_strings:
-            assert self.tokenizer is not None
-            completion = cut_at_text(completion, sampling.stop_strings, self.tokenizer)
-        return completion
+            completions = [cut_at_stop(next(tokens), sampling.stop_token_ids) for _ in range(num_generations)]
+            if sampling.stop_strings:
+                completions = [cut_at_text(item, sampling.stop_strings, self.tokenizer) for item in completions]
+            yield number, completions
 
     def abort(self) -> None:
         """Nothing is ever in progress."""
 
 
-def processors_for(sampling: Sampling, seeds: list[int], *, prompt_length: int) -> LogitsProcessorList:
+def processors_for(sampling: Sampling, seeds: list[int], *, prompt_length: int) -> transformers.LogitsProcessorList:
     """transformers' processors in its own order, then the draw; temperature 0 leaves the arg max to generate."""
-    processors = LogitsProcessorList()
+    processors = transformers.LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        processors.append(transformers.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.temperature == 0:
         return processors
     if sampling.temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(sampling.temperature))
+        processors.append(transformers.TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k > 0:
-        processors.append(TopKLogitsWarper(sampling.top_k))
+        processors.append(transformers.TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1.0:
-        processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(transformers.TopPLogitsWarper(sampling.top_p))
     if sampling.min_p is not None:
-        processors.append(MinPLogitsWarper(sampling.min_p))
+        processors.append(transformers.MinPLogitsWarper(sampling.min_p))
     processors.append(SeededSampling(seeds, prompt_length=prompt_length, max_steps=sampling.max_completion_length))
     return processors
 

@@ -59,13 +59,9 @@ class VLLMClient:
             trust_env=False,
         )
 
-    def close(self) -> None:
-        """End every request in progress with ServerLostError."""
-        self._http.close()
-
     def reopen(self) -> None:
-        """Give up what is in progress and go on with new connections."""
-        self.close()
+        """End every request in progress with ServerLostError, and go on with new connections."""
+        self._http.close()
         self._open()
 
     def post(self, path: str, body: Any = None, **options: Any) -> Any:
@@ -108,12 +104,6 @@ class VLLMClient:
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
         return True
-
-    def unreachable(self) -> str:
-        """What to say when it has not come up."""
-        return (
-            f"no vLLM server has answered at {self.base_url} for {self.timeout:.0f} s (vllm_server_timeout); {HOW_TO_START}"
-        )
 
     def info(self) -> ServerInfo:
         """How the server was started; ValueError when it was not started for training."""

@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import copy
+import os
+import random
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo_hf.rollout import vllm_support
 from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.vllm_plugin import divide_logits, refresh_tied_head
-from grpo_hf.rollout.vllm_process import as_it_was, same_random_state
-from grpo_hf.rollout.vllm_support import (
-    BATCHED_TOKENS,
-    check_context,
-    check_cpu_attention,
-    check_request,
-    check_sampling,
-    comparable_logprobs,
-    has_filters,
-    installed_vllm,
-    kv_cache_bytes,
-    logprobs_mode,
-    lora_options,
-    request_options,
-)
 from grpo_hf.rollout.weight_sync import EngineWeights, WeightSync, save_adapter
 from grpo_hf.types import Completion
 
 ADAPTER = "trainer"
 """What vLLM calls the trainer's adapter."""
+
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, where it takes weights straight from the trainer's tensors
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Of the environment, before vLLM is imported; one that is set already stays."""
 
 
 class VLLMEngine:
@@ -58,37 +55,36 @@ class VLLMEngine:
         sleep_mode: bool = False,
         **options: Any,
     ):
-        """``sampling`` is the distribution that rollout_logprobs are
-        wanted of; ``dtype`` is the model's own unless training computes in another; ``tokenizer`` is for stop strings and
-        structured outputs; ``options`` go to vllm.LLM."""
-        installed_vllm()
-        self.max_model_len = max_prompt_length + sampling.max_completion_length
+        """``sampling`` is the distribution that rollout_logprobs are wanted of; ``dtype`` is the model's own unless training
+        computes in another; ``tokenizer`` is for stop strings and structured outputs; ``options`` go to vllm.LLM."""
+        vllm_support.installed_vllm()
+        self.max_model_len = length = max_prompt_length + sampling.max_completion_length
         lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         dtype = dtype or lm.dtype
         assert isinstance(dtype, torch.dtype)
-        check_context(lm.config, self.max_model_len)
-        check_sampling(sampling)
+        vllm_support.check_context(lm.config, length)
+        vllm_support.check_sampling(sampling)
         self.weights = WeightSync(model, dtype, lora_sync)
         self.adapter: dict[str, Any] = {}
-        self.filtered, self.sleep_mode = has_filters(sampling), sleep_mode and lm.device.type != "cpu"
+        self.filtered, self.sleep_mode = vllm_support.has_filters(sampling), sleep_mode and lm.device.type != "cpu"
         memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": self.sleep_mode}
         if lm.device.type == "cpu":
             with as_it_was():
-                check_cpu_attention(lm.config)
+                vllm_support.check_cpu_attention(lm.config)
             weight_bytes = lm.num_parameters() * dtype.itemsize
-            cache = kv_cache_bytes(lm.config, dtype, max_model_len=self.max_model_len, weight_bytes=weight_bytes)
+            cache = vllm_support.kv_cache_bytes(lm.config, dtype, max_model_len=length, weight_bytes=weight_bytes)
             # The default block of 128 tokens would keep groups from sharing any shorter prompt.
             memory = {"kv_cache_memory_bytes": cache, "block_size": 32, "enforce_eager": True}
-            memory |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(BATCHED_TOKENS, self.max_model_len)}
+            memory |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(vllm_support.BATCHED_TOKENS, length)}
         self.llm = start(
             lm,
             tokenizer if sampling.needs_text else None,
             dtype=str(dtype).removeprefix("torch."),
-            max_model_len=self.max_model_len,
-            logprobs_mode=logprobs_mode(sampling),
+            max_model_len=length,
+            logprobs_mode=vllm_support.logprobs_mode(sampling),
             # Every process is an engine of its own inside the processes that train together.
             distributed_executor_backend="external_launcher" if num_processes > 1 else None,
-            **(lora_options(model) if self.weights.adapter_only else {}),
+            **(vllm_support.lora_options(model) if self.weights.adapter_only else {}),
             **(memory | options),
         )
         if self.filtered:
@@ -105,7 +101,7 @@ class VLLMEngine:
         """See Engine.sample; a group is handed on as soon as its last completion ends. Raises StaleEngineError when the
         trainer's weights have changed since sync_weights."""
         self.weights.check()
-        check_request(prompts, sampling, self.max_model_len)
+        vllm_support.check_request(prompts, sampling, self.max_model_len)
         return self._sample(prompts, seeds, num_generations, sampling)
 
     def _sample(
@@ -113,7 +109,7 @@ class VLLMEngine:
     ) -> Iterator[tuple[int, list[Completion]]]:
         engine = self.llm.llm_engine
         self._wake()
-        options = request_options(sampling)
+        options = vllm_support.request_options(sampling)
         if self.filtered:
             options |= self._divide_logits(sampling.temperature)
         open_requests: set[str] = set()
@@ -139,7 +135,7 @@ class VLLMEngine:
         return {"temperature": 0.0 if temperature == 0 else 1.0}
 
     def _completion(self, output: Any, sampling: Sampling) -> Completion:
-        logprobs = output.logprobs.logprobs if comparable_logprobs(sampling, filtered=self.filtered) else None
+        logprobs = output.logprobs.logprobs if vllm_support.comparable_logprobs(sampling, filtered=self.filtered) else None
         return Completion(
             ids=list(output.token_ids),
             truncated=output.finish_reason == "length",
@@ -209,3 +205,42 @@ def sampling_params(**options: Any) -> Any:
     if "structured_outputs" in options:
         options["structured_outputs"] = StructuredOutputsParams(**options["structured_outputs"])
     return SamplingParams(**options, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+# ---- What vLLM does to the process that it lives in, undone
+
+
+@contextmanager
+def as_it_was() -> Iterator[None]:
+    """Give the process back its environment, number of threads and random state, which starting vLLM changes.
+
+    torch.set_num_threads becomes a no-op, LOCAL_WORLD_SIZE and LD_PRELOAD (which child processes would inherit) are
+    overwritten, and every generator is seeded. vLLM's own variables stay: it reads them later on.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    environment, set_num_threads, threads = dict(os.environ), torch.set_num_threads, torch.get_num_threads()
+    try:
+        with same_random_state():
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        for name in {*os.environ, *environment}:
+            if name in environment:
+                os.environ[name] = environment[name]
+            elif not name.startswith("VLLM_"):
+                del os.environ[name]
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """Give the trainer back its random state: vLLM draws from the global generators even for requests with a seed."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

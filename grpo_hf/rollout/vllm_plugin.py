@@ -22,25 +22,21 @@ def register() -> None:
 
 def _file_engine() -> type:
     from safetensors import safe_open
-    from vllm.distributed.weight_transfer.base import (
-        WeightTransferEngine,
-        WeightTransferInitInfo,
-        WeightTransferUpdateInfo,
-    )
+    from vllm.distributed.weight_transfer import base
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     @dataclass
-    class FileInitInfo(WeightTransferInitInfo):
+    class FileInitInfo(base.WeightTransferInitInfo):
         """Nothing to agree on."""
 
     @dataclass
-    class FileUpdateInfo(WeightTransferUpdateInfo):
+    class FileUpdateInfo(base.WeightTransferUpdateInfo):
         """Where the weights lie."""
 
         path: str
         """A safetensors file, on a file system that trainer and server share."""
 
-    class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
+    class FileWeightTransferEngine(base.WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         """Maps a file of weights into memory and loads them layer by layer."""
 
         init_info_cls, update_info_cls = FileInitInfo, FileUpdateInfo

@@ -16,20 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from grpo_hf.rollout import vllm_support
 from grpo_hf.rollout.engine import EngineLostError, Sampling
 from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.vllm_client import HOW_TO_START, ServerInfo, ServerLostError, VLLMClient
-from grpo_hf.rollout.vllm_support import (
-    check_context,
-    check_request,
-    check_sampling,
-    check_version,
-    comparable_logprobs,
-    has_filters,
-    logprobs_mode,
-    lora_options,
-    request_options,
-)
 from grpo_hf.rollout.vllm_transfer import make_transfer, roomy_folder
 from grpo_hf.rollout.weight_sync import EngineWeights, WeightSync, save_adapter
 from grpo_hf.types import Completion
@@ -70,9 +60,9 @@ class VLLMServerEngine:
         and trainer both see are written; ``group_port``: for NCCL. Raises EngineLostError when there is no server."""
         self.client, self.peers, self.folder = VLLMClient(base_url, timeout=timeout), peers, weights_folder
         lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        check_context(lm.config, max_prompt_length + sampling.max_completion_length)
-        check_sampling(sampling)
-        self.filtered = has_filters(sampling)
+        vllm_support.check_context(lm.config, max_prompt_length + sampling.max_completion_length)
+        vllm_support.check_sampling(sampling)
+        self.filtered = vllm_support.has_filters(sampling)
         self.weights = WeightSync(model, dtype or lm.dtype, lora_sync)
         self._wait_until_up()
         self.info = self.client.info()
@@ -88,7 +78,12 @@ class VLLMServerEngine:
         """See Engine.sync_weights; does nothing when the server has them."""
         self.version = version
         for attempt in range(1, TRIES + 1):
-            problem = self._try_sync()
+            problem = None
+            self.syncs += self.weights.held != self.weights.stamp(version)
+            try:
+                self.weights.run(version, self._load, self._load_adapter)
+            except (OSError, ValueError) as error:  # the other processes must hear of it
+                problem = str(error)
             problems = [text for text in self.peers.gather(problem) if text]
             if not problems:
                 return
@@ -97,14 +92,6 @@ class VLLMServerEngine:
             if attempt == TRIES:
                 raise EngineLostError(f"the vLLM server at {self.client.base_url} did not take weights: {problems[0]}")
             self._wait_until_up()
-
-    def _try_sync(self) -> str | None:
-        self.syncs += self.weights.held != self.weights.stamp(self.version)
-        try:
-            self.weights.run(self.version, self._load, self._load_adapter)
-        except (OSError, ValueError) as error:  # the other processes must hear of it
-            return str(error)
-        return None
 
     def _load(self, weights: EngineWeights) -> None:
         if self.peers.rank == 0:
@@ -141,12 +128,10 @@ class VLLMServerEngine:
         """See Engine.sample: the server works from now on. Raises StaleEngineError when the trainer's weights have changed
         since sync_weights, and EngineLostError when the server stays away."""
         self.weights.check()
-        check_request(prompts, sampling, self.info.max_model_len)
+        vllm_support.check_request(prompts, sampling, self.info.max_model_len)
         ask = _Ask(self, sampling, num_generations)
-        asked = {
-            self.threads.submit(ask, ids, seed): number
-            for number, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))
-        }
+        requests = enumerate(zip(prompts, seeds, strict=True))
+        asked = {self.threads.submit(ask, ids, seed): number for number, (ids, seed) in requests}
         return self._collect(asked, ask, prompts, seeds)
 
     def _collect(
@@ -188,7 +173,10 @@ class VLLMServerEngine:
     def _wait_until_up(self) -> None:
         """All processes together, so that either all go on or all stop."""
         if not all(self.peers.gather(self.client.wait_until_up())):
-            raise EngineLostError(self.client.unreachable())
+            raise EngineLostError(
+                f"no vLLM server has answered at {self.client.base_url} for {self.client.timeout:.0f} s "
+                f"(vllm_server_timeout); {HOW_TO_START}"
+            )
 
     def abort(self) -> None:
         """Give up what is being sampled; the server notices that nobody waits for it."""
@@ -202,22 +190,18 @@ class _Ask:
 
     def __init__(self, engine: VLLMServerEngine, sampling: Sampling, num_generations: int):
         self.client, self.version = engine.client, engine._name()
-        self.comparable = comparable_logprobs(sampling, filtered=engine.filtered)
-        self.body = request_options(sampling) | {
+        self.comparable = vllm_support.comparable_logprobs(sampling, filtered=engine.filtered)
+        self.body = vllm_support.request_options(sampling) | {
             "model": engine.adapter or engine.info.model,
             "n": num_generations,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,  # no text where only numbers are read
             "add_special_tokens": False,
         }
-        if engine.filtered:
-            self._divide_logits(engine, sampling.temperature)
-
-    def _divide_logits(self, engine: VLLMServerEngine, temperature: float) -> None:
-        """The temperature in the logits, see logprobs_mode."""
-        if engine.info.extended:
-            self.client.post("/collective_rpc", {"method": "grpo_hf_divide_logits", "args": [str(temperature or 1.0)]})
-            self.body["temperature"] = 0.0 if temperature == 0 else 1.0
+        if engine.filtered and engine.info.extended:  # the temperature goes into the logits, see logprobs_mode
+            divisor = str(sampling.temperature or 1.0)
+            self.client.post("/collective_rpc", {"method": "grpo_hf_divide_logits", "args": [divisor]})
+            self.body["temperature"] = 0.0 if sampling.temperature == 0 else 1.0
 
     def __call__(self, ids: list[int], seed: int) -> list[Completion] | None:
         try:
@@ -246,7 +230,7 @@ class _Ask:
 
 def check_server(info: ServerInfo, url: str, weights: WeightSync, sampling: Sampling, max_prompt_length: int) -> None:
     """Raise ValueError for a server that was started otherwise than this run needs, with what to start it with."""
-    check_version(info.version, f"the vLLM server at {url}")
+    vllm_support.check_version(info.version, f"the vLLM server at {url}")
     needed, dtype = max_prompt_length + sampling.max_completion_length, str(weights.dtype).removeprefix("torch.")
     wrong = []
     if info.max_model_len < needed:
@@ -256,17 +240,19 @@ def check_server(info: ServerInfo, url: str, weights: WeightSync, sampling: Samp
         )
     if info.dtype != dtype:
         wrong.append(f"it computes in {info.dtype}, the trainer in {dtype}: --dtype {dtype}")
-    if info.logprobs_mode != logprobs_mode(sampling) and (sampling.temperature != 1 or has_filters(sampling)):
+    if info.logprobs_mode != vllm_support.logprobs_mode(sampling) and (
+        sampling.temperature != 1 or vllm_support.has_filters(sampling)
+    ):
         wrong.append(
             f"it gives {info.logprobs_mode}, which with this temperature or these filters are of another distribution than "
-            f"the one that is trained: --logprobs-mode {logprobs_mode(sampling)}"
+            f"the one that is trained: --logprobs-mode {vllm_support.logprobs_mode(sampling)}"
         )
-    if has_filters(sampling) and sampling.temperature != 1 and not info.extended:
+    if vllm_support.has_filters(sampling) and sampling.temperature != 1 and not info.extended:
         wrong.append(
             "filters and a temperature together need --worker-extension-cls grpo_hf.rollout.vllm_plugin.WorkerExtension"
         )
     if weights.adapter_only:
-        rank = lora_options(weights.model)["max_lora_rank"]
+        rank = vllm_support.lora_options(weights.model)["max_lora_rank"]
         if (info.max_lora_rank or 0) < rank:
             wrong.append(f"vllm_lora_sync='adapter' needs room for an adapter: --enable-lora --max-lora-rank {rank}")
     if wrong:

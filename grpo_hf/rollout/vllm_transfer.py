@@ -38,7 +38,6 @@ class FileTransfer:
 
     def __init__(self, client: VLLMClient, info: ServerInfo, folder: str | None, port: int):
         self.client, self.folder = client, folder
-        self.forget()
 
     def send(self, weights: EngineWeights) -> None:
         """Piece by piece; the last one's room is given back first."""

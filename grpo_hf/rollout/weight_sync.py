@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,7 @@ class WeightSync:
         return version, sum(parameter._version for parameter in self.model.parameters() if parameter.requires_grad)
 
     def run(
-        self,
-        version: int,
-        load: Callable[[EngineWeights], None],
-        load_adapter: Callable[[dict[str, Tensor]], None],
+        self, version: int, load: Callable[[EngineWeights], None], load_adapter: Callable[[dict[str, Tensor]], None]
     ) -> None:
         """Give the engine what it lacks of the weights after ``version`` updates, through ``load`` and ``load_adapter``."""
         stamp = self.stamp(version)
@@ -150,7 +148,7 @@ def _pieces(model: nn.Module) -> Iterator[_Piece]:
         owner, _, inside = name.partition(".base_layer.")
         if inside:
             yield _Piece(f"{owner}.{inside}", parameter, adapters[owner] if inside == "weight" else None)
-        elif not any(name.startswith(f"{adapted}.") for adapted in _ancestors(name, adapters)):
+        elif not any(path in adapters for path in accumulate(name.split("."), "{}.{}".format)):  # nothing around it is one
             yield _Piece(name, parameter, None)
 
 
@@ -170,11 +168,6 @@ def _whole(parameters: Iterable[Tensor]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(cut):
         yield
-
-
-def _ancestors(name: str, among: Iterable[str]) -> list[str]:
-    parts = name.split(".")
-    return [path for size in range(1, len(parts)) if (path := ".".join(parts[:size])) in set(among)]
 
 
 def _fused_with(name: str) -> str:

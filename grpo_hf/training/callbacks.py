@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import ProgressCallback, TrainerCallback
 
 from grpo_hf.metrics import Metrics
 from grpo_hf.report import write_report
-from grpo_hf.training.checks import norm_of_weights, weights_not_finite
+from grpo_hf.training import checks
 from grpo_hf.training.guards import Guards, Seen
 from grpo_hf.training.recorder import keep_until
 from grpo_hf.training.throughput import step_line
@@ -28,6 +29,9 @@ HEADLINE = ("reward", "frac_zero_signal_groups", "tokens_per_second", "entropy")
 SECONDS_BETWEEN_LINES = 30.0
 """Of the lines above the progress bar that say where the time went, at least."""
 
+TOP = 10
+"""Operators in the table of a profile."""
+
 
 class RewardProgress(ProgressCallback):
     """Trainer's progress bar with reward, zero-signal share and speed beside it; evaluations, and now and then where the
@@ -38,7 +42,6 @@ class RewardProgress(ProgressCallback):
         self.compute_dtype, self.next_line_at = compute_dtype, 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        """Show the headline metrics."""
         if self.training_bar is None or not logs:
             return
         if any(name.startswith("eval_") for name in logs):
@@ -61,7 +64,6 @@ class MetricsFile(TrainerCallback):
             keep_until(Path(args.output_dir, "metrics.jsonl"), state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        """Write one line."""
         if state.is_world_process_zero and logs:
             path = Path(args.output_dir, "metrics.jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,16 +79,13 @@ class StepClock(TrainerCallback):
         self.phase: Any = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
         self.phase = self.metrics.phase("optimizer")
         self.phase.__enter__()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop it."""
         self.phase.__exit__(None, None, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Correct the epoch."""
         state.epoch = state.global_step / self.updates_per_epoch
 
 
@@ -98,8 +97,8 @@ class FiniteWeights(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Their norm is NaN or infinite where any of them is."""
-        if not math.isfinite(norm := norm_of_weights(model)):
-            explain = partial(weights_not_finite, state.global_step, model, args)
+        if not math.isfinite(norm := checks.norm_of_weights(model)):
+            explain = partial(checks.weights_not_finite, state.global_step, model, args)
             self.guards.check(Seen(state.global_step, {"norm of the weights": norm}, explain=explain))
 
 
@@ -112,17 +111,62 @@ class SyncReference(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move it."""
         if state.global_step % args.ref_model_sync_steps == 0:
             for reference, policy in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
                 reference.lerp_(policy, args.ref_model_mixup_alpha)
+
+
+class Profile(TrainerCallback):
+    """Traces ``steps`` training steps, from the end of the first to the end of the last, on every process.
+
+    Leaves <output_dir>/profile/trace-<process>.json.gz for chrome://tracing or ui.perfetto.dev, in which the parts of a step
+    are named as in the metrics, and prints a table.
+    """
+
+    def __init__(self, steps: int):
+        self.steps, self.left = steps, 0
+        self.profiler: profile | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raise ValueError where there are not as many steps."""
+        steps = state.max_steps - state.global_step
+        if steps <= self.steps:
+            raise ValueError(
+                f"profile={self.steps} takes {self.steps + 1} steps, the first to warm up, and this run has {steps} left; "
+                "lower profile or raise max_steps"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.profiler is None:
+            on_gpu = torch.cuda.is_available() and not args.use_cpu
+            self.profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
+            self.profiler.start()
+            self.left = self.steps
+        elif self.left:
+            self.left -= 1
+            if not self.left:
+                self._finish(args, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run that has ended early leaves what there is."""
+        if self.left:
+            self._finish(args, state)
+
+    def _finish(self, args: Any, state: Any) -> None:
+        assert self.profiler is not None
+        self.profiler.stop()
+        traced, self.left = self.steps - self.left, 0
+        path = Path(args.output_dir, "profile", f"trace-{args.process_index}.json.gz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.profiler.export_chrome_trace(str(path))
+        if state.is_world_process_zero:
+            print(f"profile of {traced} step{'s' * (traced != 1)}: {path}\n{top_operators(self.profiler)}", file=sys.stderr)
 
 
 class Report(TrainerCallback):
     """Writes the report page when training ends and prints where it is."""
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write it."""
         if state.is_world_process_zero and any("loss" in entry for entry in state.log_history):
             print(f"report: {write_report(Path(args.output_dir))}", file=sys.stderr)
 
@@ -139,3 +183,18 @@ def print_samples(groups: list[Group], step: int, count: int) -> None:
         print(f"{group.prompt.raw}\n>>> {item.text}", flush=True)
         for name, value in item.extra.items():
             print(f"{name}: {value}", flush=True)
+
+
+def top_operators(profiler: profile, count: int = TOP) -> str:
+    """The operators with the most time of their own, on the GPU where there is one; a part of a step, as time/generate,
+    stands for what is outside of operators."""
+    events = profiler.key_averages()
+    on_gpu = ProfilerActivity.CUDA in profiler.activities
+    own = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
+    calls = {event.key: event.count for event in events}
+    whole = sum(own.values()) or 1.0
+    lines = [f"{'own time on the ' + ('GPU' if on_gpu else 'CPU'):<48}{'ms':>10}{'share':>8}{'calls':>9}"]
+    for name in sorted(own, key=lambda name: -own[name])[:count]:
+        short = name if len(name) < 48 else name[:44] + "..."
+        lines.append(f"{short:<48}{own[name] / 1000:>10.1f}{own[name] / whole:>8.1%}{calls[name]:>9,}")
+    return "\n".join(lines)

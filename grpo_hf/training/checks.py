@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -17,7 +18,6 @@ from grpo_hf.rewards import Reward, Scorer, check_columns, get_rewards
 from grpo_hf.rewards.gold import bad_gold
 from grpo_hf.rollout.prompts import PromptSet, checked_dataset, load_prompts
 from grpo_hf.training.config import GRPOConfig
-from grpo_hf.training.models import context_length
 from grpo_hf.training.policy import StepReport
 
 logger = logging.get_logger(__name__)
@@ -79,16 +79,10 @@ def checked_rewards(reward_funcs: Any, args: GRPOConfig, processing_classes: Any
 
 
 def checked_prompts(
-    table: Any,
-    name: str,
-    *,
-    args: GRPOConfig,
-    scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
+    table: Any, name: str, *, args: GRPOConfig, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> PromptSet:
     """The tokenized prompts of a dataset that has every column, answers that can be read, and fits into the context."""
-    context = context_length(config)
+    context = getattr(config, "max_position_embeddings", None)
     if context is not None and context <= args.max_completion_length:
         raise ValueError(
             f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context of "
@@ -155,26 +149,28 @@ def check_enough_prompts(prompts: PromptSet, args: GRPOConfig) -> None:
         )
 
 
-def why_not_finite(model: nn.Module, output_dir: str, report: StepReport | None = None) -> str:
+def why_not_finite(model: nn.Module, args: GRPOConfig, report: StepReport | None = None) -> str:
     """Where a loss or gradient that is not finite comes from, and what to try."""
-    weights = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    gradients = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    logprobs = report.logprobs.values() if report else ()
-    bad_logprobs = sum(int((~torch.isfinite(values)).sum()) for values in logprobs)
+    bad = sum(int((~values.isfinite()).sum()) for values in (report.logprobs.values() if report else ()))
+    gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
     return (
-        f"not finite are {bad_logprobs} log-probs, {len(weights)} weights ({', '.join(weights[:3])}) and {len(gradients)} "
-        f"gradients ({', '.join(gradients[:3])}). It has not reached the weights yet, and the checkpoints in {output_dir} "
-        "are good. Try a lower learning_rate, bf16=False or a smaller beta"
+        f"not finite are {bad} log-probs, {_not_finite('weights', model.named_parameters())} and "
+        f"{_not_finite('gradients', gradients)}. It has not reached the weights yet, and the checkpoints in "
+        f"{args.output_dir} are good. Try a lower learning_rate, bf16=False or a smaller beta"
     )
 
 
 def weights_not_finite(step: int, model: nn.Module, args: GRPOConfig) -> str:
     """The same when a finite gradient has made weights NaN or infinite."""
-    weights = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     return (
-        f"step {step} has made {len(weights)} weights NaN or infinite ({', '.join(weights[:3])}), from a finite gradient: "
+        f"step {step} has made {_not_finite('weights NaN or infinite', model.named_parameters())}, from a finite gradient: "
         f"learning_rate={args.learning_rate} is too high. They are not saved; the checkpoints in {args.output_dir} are good"
     )
+
+
+def _not_finite(what: str, tensors: Iterable[tuple[str, Tensor | None]]) -> str:
+    names = [name for name, values in tensors if values is not None and not values.isfinite().all()]
+    return f"{len(names)} {what} ({', '.join(names[:3])})"
 
 
 @torch.no_grad()

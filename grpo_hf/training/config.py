@@ -186,9 +186,7 @@ class GRPOConfig(TrainingArguments):
 
     # Cost
     tokens_per_microbatch: int | None = option(
-        None,
-        "Tokens of one forward pass; changes memory and speed, not the gradient. None: 8192, on a CPU 2048, or more where "
-        "prompts are long.",
+        None, "Tokens of a forward pass; changes memory and speed only. None: 8192, on a CPU 2048, more for long prompts."
     )
     token_layout: str = option(
         "auto", "'packed' (prompts shared, no padding), 'padded', or 'auto': packed if the model can."
@@ -223,11 +221,6 @@ class GRPOConfig(TrainingArguments):
         check_config(self)
 
     # ---- Derived numbers
-
-    @property
-    def completions_per_update(self) -> int:
-        """Completions of one optimizer step on one process."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def batches_per_rollout(self) -> int:

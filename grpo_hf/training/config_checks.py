@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from grpo_hf.algorithm.advantages import ADVANTAGES, NEEDS_A_GROUP
@@ -54,40 +54,34 @@ def _check_names(config: GRPOConfig) -> None:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, known))}{hint}")
 
 
+BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "{} >= 1": (
+        lambda value: value >= 1,
+        "num_generations num_generations_eval num_iterations max_completion_length tokens_per_microbatch "
+        "dynamic_sampling_max_rounds skip_solved_after revisit_after ref_model_sync_steps",
+    ),
+    "{} >= 0": (lambda value: value >= 0, "eval_temperature top_k profile epsilon epsilon_high beta"),
+    "{} > 0": (lambda value: value > 0, "temperature repetition_penalty vllm_server_timeout"),
+    "0 < {} <= 1": (lambda value: 0 < value <= 1, "top_p vllm_gpu_memory_utilization"),
+    "0 <= {} <= 1": (lambda value: 0 <= value <= 1, "min_p ref_model_mixup_alpha"),
+}
+"""The settings that each bound is for, where they are not None."""
+
+
 def _check_numbers(config: GRPOConfig) -> None:
-    at_least: dict[str, Callable[[Any], bool]] = {
-        "num_generations >= 1": lambda c: c.num_generations >= 1,
-        "num_generations_eval >= 1": lambda c: c.num_generations_eval is None or c.num_generations_eval >= 1,
-        "num_iterations >= 1": lambda c: c.num_iterations >= 1,
-        "max_completion_length >= 1": lambda c: c.max_completion_length >= 1,
-        "tokens_per_microbatch >= 1": lambda c: c.tokens_per_microbatch is None or c.tokens_per_microbatch >= 1,
-        "temperature > 0": lambda c: c.temperature > 0,
-        "eval_temperature >= 0": lambda c: c.eval_temperature is None or c.eval_temperature >= 0,
-        "0 < top_p <= 1": lambda c: 0 < c.top_p <= 1,
-        "dynamic_sampling_max_rounds >= 1": lambda c: c.dynamic_sampling_max_rounds >= 1,
-        "skip_solved_after >= 1": lambda c: c.skip_solved_after is None or c.skip_solved_after >= 1,
-        "revisit_after >= 1": lambda c: c.revisit_after >= 1,
-        "top_k >= 0": lambda c: c.top_k >= 0,
-        "0 <= min_p <= 1": lambda c: c.min_p is None or 0 <= c.min_p <= 1,
-        "repetition_penalty > 0": lambda c: c.repetition_penalty > 0,
-        "vllm_server_timeout > 0": lambda c: c.vllm_server_timeout > 0,
-        "0 < vllm_gpu_memory_utilization <= 1": lambda c: 0 < c.vllm_gpu_memory_utilization <= 1,
-        "vllm_importance_sampling_clip_min <= vllm_importance_sampling_clip_max": lambda c: (
-            None in (c.vllm_importance_sampling_clip_min, c.vllm_importance_sampling_clip_max)
-            or c.vllm_importance_sampling_clip_min <= c.vllm_importance_sampling_clip_max
-        ),
-        "profile >= 0": lambda c: c.profile >= 0,
-        "profile < max_steps": lambda c: c.max_steps <= 0 or c.profile < c.max_steps,
-        "epsilon >= 0": lambda c: c.epsilon >= 0,
-        "epsilon_high >= 0": lambda c: c.epsilon_high is None or c.epsilon_high >= 0,
-        "beta >= 0": lambda c: c.beta >= 0,
-        "0 <= ref_model_mixup_alpha <= 1": lambda c: 0 <= c.ref_model_mixup_alpha <= 1,
-        "ref_model_sync_steps >= 1": lambda c: c.ref_model_sync_steps >= 1,
-    }
-    for rule, holds in at_least.items():
-        if not holds(config):
-            values = {item.name: getattr(config, item.name) for item in fields(config) if item.name in rule.split()}
-            raise ValueError(f"{', '.join(f'{k}={v}' for k, v in values.items())}, but {rule} is needed")
+    for bound, (holds, names) in BOUNDS.items():
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name}={value}, but {bound.format(name)} is needed")
+    if 0 < config.max_steps <= config.profile:
+        raise ValueError(f"max_steps={config.max_steps}, profile={config.profile}, but profile < max_steps is needed")
+    low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
+    if low is not None and high is not None and not low <= high:
+        raise ValueError(
+            f"vllm_importance_sampling_clip_min={low}, vllm_importance_sampling_clip_max={high}, but "
+            "vllm_importance_sampling_clip_min <= vllm_importance_sampling_clip_max is needed"
+        )
     if config.auto_find_batch_size:
         raise ValueError("auto_find_batch_size=True would break up groups; lower tokens_per_microbatch instead")
     if config.torch_compile:
@@ -146,11 +140,8 @@ def _check_choice(config: GRPOConfig) -> None:
 
 
 def _check_batches(config: GRPOConfig) -> None:
-    group, batch, accumulation = (
-        config.num_generations,
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-    )
+    group, batch = config.num_generations, config.per_device_train_batch_size
+    accumulation, steps = config.gradient_accumulation_steps, config.batches_per_rollout
     if group == 1 and config.advantage_form in NEEDS_A_GROUP:
         raise ValueError(
             f"num_generations=1 makes every {config.advantage_form!r} advantage 0; sample 2 or more a prompt, or set "
@@ -167,7 +158,6 @@ def _check_batches(config: GRPOConfig) -> None:
             f"processes = {batch} * {config.world_size}; nearest: "
             f"{_nearest(config.generation_batch_size, batch * config.world_size)}"
         )
-    steps = config.batches_per_rollout
     if steps % accumulation or steps == 0:
         raise ValueError(
             f"steps_per_generation={steps} is not a multiple of gradient_accumulation_steps={accumulation}, so a "

@@ -183,13 +183,9 @@ class Guards:
     def __init__(self, chosen: Mapping[str, Guard], metrics: Metrics):
         """``metrics`` is where it is written that one has tripped."""
         self.chosen, self.metrics = chosen, metrics
+        self.may_skip = any(guard.action == "skip" for guard in chosen.values())
         self.said: set[str] = set()
         """Those that have tripped and not recovered: one warning is enough."""
-
-    @property
-    def may_skip(self) -> bool:
-        """Whether steps can be left out."""
-        return any(guard.action == "skip" for guard in self.chosen.values())
 
     def check(self, seen: Seen, *, can_skip: bool = False) -> bool:
         """Whether to skip the step. Raises GuardError where a guard stops the run."""

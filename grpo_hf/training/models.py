@@ -1,9 +1,7 @@
-"""Loading what a run needs, and running a function inside a wrapped model's forward."""
+"""Loading what a run needs."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,35 +40,8 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
-def context_length(config: PretrainedConfig) -> int | None:
-    """Positions that the model has been made for; None where its config names none."""
-    return getattr(config, "max_position_embeddings", None)
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A reference model: the same weights, never trained."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
 def is_sharded(accelerator: Any) -> bool:
     """Whether forward passes gather weights, so that all processes have to run as many."""
     state = accelerator.state
     zero3 = state.deepspeed_plugin is not None and state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP or zero3
-
-
-def run_inside(wrapped: nn.Module, inner: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function(*args)`` in place of the inner model's forward, through the wrapper (DDP, FSDP).
-
-    The wrapper's own work before and after a forward, such as gathering weights and readying gradient buckets, is
-    done as for any forward, while ``function`` may use any part of the inner model.
-    """
-    had_own, original = "forward" in vars(inner), inner.forward
-    inner.forward = function  # type: ignore[method-assign]
-    try:
-        return wrapped(*args)
-    finally:
-        if had_own:
-            inner.forward = original  # type: ignore[method-assign]
-        else:
-            del inner.forward

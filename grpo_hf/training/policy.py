@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from grpo_hf.packing.logprobs import batch_logprobs
 from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.planning import Update
 from grpo_hf.training.guards import GuardError, is_out_of_memory
-from grpo_hf.training.models import causal_lm, run_inside
+from grpo_hf.training.models import causal_lm
 from grpo_hf.types import PackedBatch, TrainingSample
 
 logger = logging.get_logger(__name__)
@@ -37,11 +38,6 @@ class StepReport:
     """Of each sample's targets, by its number in the update, before the step."""
     out_of_memory: bool = False
     """Whether memory ran out at first."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that were forwarded."""
-        return sum(batch.num_tokens for batch in self.batches)
 
     def values(self) -> dict[str, Tensor]:
         """Each metric's values that count, over all micro-batches."""
@@ -151,11 +147,19 @@ class Policy:
         return report
 
     def _forward(self, wrapped: nn.Module, inner: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        def forward(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-            return batch_logprobs(causal_lm(inner), batch, temperature=self.temperature)
-
-        with self.accelerator.autocast():
-            return run_inside(wrapped, inner, forward, batch)
+        """Log-probs and entropy of the targets [token], in place of the inner model's forward, through the wrapper (DDP,
+        FSDP): its own work before and after, such as gathering weights and readying gradient buckets, is done as for any
+        forward."""
+        own = vars(inner).get("forward")
+        inner.forward = partial(batch_logprobs, causal_lm(inner), temperature=self.temperature)  # type: ignore[method-assign]
+        try:
+            with self.accelerator.autocast():
+                return wrapped(batch)
+        finally:
+            if own is None:
+                del inner.forward
+            else:
+                inner.forward = own  # type: ignore[method-assign]
 
     def _halve_budget(self, step: int, error: RuntimeError) -> None:
         """For the rest of the run; raises when that was done before, or when other processes would have to join in."""

@@ -18,7 +18,6 @@ from grpo_hf.rollout.record import num_padded_tokens, record_rollout, write_roll
 from grpo_hf.rollout.stream import Rollout
 from grpo_hf.training.policy import StepReport
 from grpo_hf.training.throughput import Throughput
-from grpo_hf.types import PackedBatch
 
 SPREAD = ("sampling/sampling_logp_difference", "sampling/importance_sampling_ratio")
 """Per-token values that are logged with their smallest and largest."""
@@ -68,21 +67,25 @@ class Recorder:
     def step(self, report: StepReport) -> dict[str, float]:
         """Record a step; returns its loss and the means over its tokens, over all processes, by metric name."""
         values = report.values()
+        num_tokens = sum(batch.num_tokens for batch in report.batches)
         mine = {name: (value.sum().item(), len(value)) for name, value in values.items()}
-        everyone = self.peers.gather(mine | {"loss": (report.loss.item(), 1), "tokens": (report.num_tokens, 1)})
+        everyone = self.peers.gather(mine | {"loss": (report.loss.item(), 1), "tokens": (num_tokens, 1)})
         means: dict[str, float] = {}
         for name in dict.fromkeys(name for part in everyone for name in part):
             totals, counts = zip(*(part[name] for part in everyone if name in part), strict=True)
             means[name] = sum(totals) / sum(counts) if sum(counts) else math.nan
-        self.metrics.total("tokens/forwarded", report.num_tokens)
+        self.metrics.total("tokens/forwarded", num_tokens)
         if report.out_of_memory:
             self.metrics.maximum("guards/out_of_memory", 1.0)
         self.metrics.mean("tokens/max_over_mean", max(part["tokens"][0] for part in everyone) / means.pop("tokens"))
         if math.isfinite(means["loss"]):
             self.metrics.mean("loss", report.loss)
             self._record_values(values)
-            for batch, of_batch in zip(report.batches, report.metrics, strict=True):
-                self._record_sequences(batch, of_batch)
+            for batch, of_batch in zip(report.batches, report.metrics, strict=True):  # by completion
+                if (low := of_batch.get("clip_ratio/low")) is not None:
+                    self.metrics.minimum("clip_ratio/low_min", sequence_mean(low, batch).min().item())
+                if (high := of_batch.get("clip_ratio/high")) is not None:
+                    self.metrics.maximum("clip_ratio/high_max", sequence_mean(high, batch).max().item())
         return means
 
     def _record_values(self, values: dict[str, Tensor]) -> None:
@@ -93,16 +96,6 @@ class Recorder:
             if spread and len(value):
                 self.metrics.minimum(f"{name}/min", value.min().item())
                 self.metrics.maximum(f"{name}/max", value.max().item())
-
-    def _record_sequences(self, batch: PackedBatch, values: dict[str, Tensor]) -> None:
-        """The completion with the smallest, and the largest, share of clipped tokens."""
-        for name, extreme, record in (
-            ("clip_ratio/low", "low_min", self.metrics.minimum),
-            ("clip_ratio/high", "high_max", self.metrics.maximum),
-        ):
-            if name in values:
-                shares = sequence_mean(values[name], batch)
-                record(f"clip_ratio/{extreme}", (shares.min() if record is self.metrics.minimum else shares.max()).item())
 
     def line(self, logs: dict[str, float], *, step: int) -> dict[str, float]:
         """A log line with what the steps since the last one measured; reward comes first."""
@@ -156,11 +149,10 @@ def set_aside_earlier_run(folder: Path) -> Path | None:
     Returns where it is now; None when there was nothing.
     """
     left = [path for name in LEFT_BY_A_RUN if (path := folder / name).exists()]
-    if left:
-        number = 1 + sum(1 for _ in folder.glob("earlier-*"))
-        aside = folder / f"earlier-{number}"
-        aside.mkdir()
-        for path in left:
-            path.rename(aside / path.name)
-        return aside
-    return None
+    if not left:
+        return None
+    aside = folder / f"earlier-{1 + len(list(folder.glob('earlier-*')))}"
+    aside.mkdir()
+    for path in left:
+        path.rename(aside / path.name)
+    return aside

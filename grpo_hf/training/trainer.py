@@ -5,6 +5,7 @@ In the order of the flow: `make_rollout` samples, scores, plans and records; `tr
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Iterator
@@ -37,36 +38,16 @@ from grpo_hf.rollout.engine import EngineLostError
 from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.planning import Plan, Update
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, prepare_tokenizer
-from grpo_hf.rollout.sampler import GroupSampler
-from grpo_hf.rollout.stream import Rollout, RolloutStream
+from grpo_hf.rollout.stream import GroupSampler, Rollout, RolloutStream
 from grpo_hf.rollout.vllm_support import installed_vllm
-from grpo_hf.training.callbacks import (
-    FiniteWeights,
-    MetricsFile,
-    Report,
-    RewardProgress,
-    StepClock,
-    SyncReference,
-    print_samples,
-)
-from grpo_hf.training.checkpoints import Checkpoints, Stateful, is_finished, resume_point, run_of
-from grpo_hf.training.checks import (
-    check_enough_prompts,
-    check_reference,
-    checked_prompts,
-    checked_rewards,
-    norm_of_weights,
-    refuse_arguments,
-    why_not_finite,
-)
+from grpo_hf.training import callbacks as own_callbacks
+from grpo_hf.training import checkpoints, checks
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import make_engine, make_sampling
 from grpo_hf.training.guards import GuardError, Guards, Seen
-from grpo_hf.training.models import causal_lm, frozen_copy, is_sharded, load_config, load_model, load_tokenizer
+from grpo_hf.training.models import causal_lm, is_sharded, load_config, load_model, load_tokenizer
 from grpo_hf.training.policy import Policy, with_logprobs
-from grpo_hf.training.profiling import Profile
 from grpo_hf.training.recorder import Recorder, put_back
-from grpo_hf.training.same_run import check_same_run, describe_run
 from grpo_hf.training.throughput import Throughput
 
 logger = logging.get_logger(__name__)
@@ -101,13 +82,13 @@ class GRPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         **unsupported: Any,
     ):
-        refuse_arguments(unsupported)
+        checks.refuse_arguments(unsupported)
         args = args or GRPOConfig()
-        check_reference(args, lora=peft_config is not None or isinstance(model, PeftModel))
+        checks.check_reference(args, lora=peft_config is not None or isinstance(model, PeftModel))
         if args.use_vllm and args.vllm_mode == "colocate":
             installed_vllm()
         self.metrics = Metrics()
-        self.rewards, self.reward_weights = checked_rewards(reward_funcs, args, reward_processing_classes)
+        self.rewards, self.reward_weights = checks.checked_rewards(reward_funcs, args, reward_processing_classes)
         self.scorer = Scorer(self.rewards, self.reward_weights, args.reward_settings())
         init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         if quantization_config is not None:
@@ -115,10 +96,10 @@ class GRPOTrainer(Trainer):
         shared = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
         tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, **shared))
         self._check = partial(
-            checked_prompts, args=args, scorer=self.scorer, tokenizer=tokenizer, config=load_config(model, **shared)
+            checks.checked_prompts, args=args, scorer=self.scorer, tokenizer=tokenizer, config=load_config(model, **shared)
         )
         self.prompts = train = self._check(train_dataset, "train_dataset")
-        check_enough_prompts(train, args)
+        checks.check_enough_prompts(train, args)
         self.eval_prompts = evals = self._checked_eval(eval_dataset)
 
         set_seed(args.seed)  # adapter weights are random
@@ -137,11 +118,11 @@ class GRPOTrainer(Trainer):
             eval_dataset={name: part.dataset for name, part in evals.items()} or None,
             processing_class=tokenizer,
             callbacks=[
-                FiniteWeights(self.guards),
-                MetricsFile(),
-                *([Profile(args.profile)] if args.profile else []),
+                own_callbacks.FiniteWeights(self.guards),
+                own_callbacks.MetricsFile(),
+                *([own_callbacks.Profile(args.profile)] if args.profile else []),
                 *(callbacks or []),
-                *([Report()] if args.write_report else []),
+                *([own_callbacks.Report()] if args.write_report else []),
             ],
             optimizers=optimizers,
         )
@@ -149,7 +130,7 @@ class GRPOTrainer(Trainer):
         self._skips_step = False
         self.compute_dtype: torch.dtype = args.compute_dtype or causal_lm(self.model).dtype
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(RewardProgress(self.compute_dtype))
+            self.add_callback(own_callbacks.RewardProgress(self.compute_dtype))
         for reward in self.rewards:
             if hasattr(reward.function, "processing_class"):  # a model
                 reward.function.to(self.args.device)  # type: ignore[attr-defined]
@@ -163,12 +144,13 @@ class GRPOTrainer(Trainer):
         self.recorder = Recorder(
             self.metrics, Path(str(args.output_dir)), self.peers, Throughput(causal_lm(self.model)), args.num_iterations
         )
-        parts: dict[str, Stateful] = {"stream": self.stream, "policy": self.policy, "recorder": self.recorder}
-        moves = self.policy.reference if args.sync_ref_model else None
-        self.checkpoints = Checkpoints(parts, {} if moves is None else {"reference": moves}, self.peers, self.metrics)
-        self.add_callback(StepClock(self.metrics, self.stream.order.rollouts_per_epoch * args.steps_per_rollout))
-        if moves is not None:
-            self.add_callback(SyncReference(self.model, moves))
+        moving = {"reference": self.policy.reference} if args.sync_ref_model and self.policy.reference is not None else {}
+        parts: dict[str, checkpoints.Stateful] = {"stream": self.stream, "policy": self.policy, "recorder": self.recorder}
+        self.checkpoints = checkpoints.Checkpoints(parts, moving, self.peers, self.metrics)
+        updates_per_epoch = self.stream.order.rollouts_per_epoch * args.steps_per_rollout
+        self.add_callback(own_callbacks.StepClock(self.metrics, updates_per_epoch))
+        for reference in moving.values():
+            self.add_callback(own_callbacks.SyncReference(self.model, reference))
 
     # ---- Setting up
 
@@ -204,7 +186,7 @@ class GRPOTrainer(Trainer):
             layout=layout,
             tokens_per_microbatch=budget,
             temperature=args.temperature,
-            reference=frozen_copy(self.model) if own_reference else None,
+            reference=copy.deepcopy(self.model).eval().requires_grad_(False) if own_reference else None,
             needs_reference=args.beta > 0,
             sharded=is_sharded(self.accelerator),
             peers=self.peers,
@@ -262,20 +244,6 @@ class GRPOTrainer(Trainer):
         self.rollout = None
         return Updates(self)
 
-    def num_examples(self, dataloader: Any) -> int:
-        """Prompts of one pass."""
-        return len(self.prompts)
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
-        """Nothing: denominators travel with each update."""
-
-    def update_of_step(self, step: int) -> Update:
-        """What an optimizer step, counted from 0, trains on; makes its rollout where that is not at hand."""
-        index, place = divmod(step, self.args.steps_per_rollout)
-        if self.rollout is None or self.rollout.index != index:
-            self.rollout = self.make_rollout(index)
-        return self.rollout.updates[place % self.args.updates_per_rollout]
-
     def make_rollout(self, index: int) -> Rollout:
         """Sample, score, plan and record a rollout, and take the log-probs that it needs of the weights as they are now."""
         self.policy.inner, self.policy.wrapped = self.model, self.model_wrapped
@@ -289,7 +257,7 @@ class GRPOTrainer(Trainer):
             self.metrics.mean("sampling/staleness", step - rollout.version)
         since_log = step % max(1, int(self.state.logging_steps or 1))
         if args.log_completions and self.peers.rank == 0 and since_log < args.steps_per_rollout:
-            print_samples(rollout.groups, step + 1, args.num_completions_to_print or 4)
+            own_callbacks.print_samples(rollout.groups, step + 1, args.num_completions_to_print or 4)
         stop_if_faulty(merged(self.peers.gather(rollout.tally)), self.scorer.settings)
         with self.metrics.phase("logprobs"):
             return replace(rollout, updates=self.policy.annotated(updates))
@@ -310,16 +278,14 @@ class GRPOTrainer(Trainer):
         means = self.recorder.step(report)
         if (rollout := self.rollout) is not None:
             means["sampling/staleness"] = rollout.index * self.args.steps_per_rollout - rollout.version
-        self._skips_step = self._checked(means, partial(why_not_finite, self.model, str(self.args.output_dir), report))
+        explain = partial(checks.why_not_finite, self.model, self.args, report)
+        seen = Seen(self.state.global_step + 1, means, explain=explain)
+        self._skips_step = self.guards.check(seen, can_skip=True)
         return report.loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nothing more: training_step has counted them."""
         return 0
-
-    def _checked(self, values: dict[str, float], explain: Any) -> bool:
-        """Whether the guards have the step skipped."""
-        return self.guards.check(Seen(self.state.global_step + 1, values, explain=explain), can_skip=True)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Trainer's, with a look at it before it reaches the weights, and without the gradients of a step that is skipped.
@@ -328,8 +294,9 @@ class GRPOTrainer(Trainer):
         """
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if grad_norm is not None and self.accelerator.scaler is None and not self._skips_step:
-            explain = partial(why_not_finite, self.model, str(self.args.output_dir))
-            self._skips_step = self._checked({"gradient norm": float(grad_norm)}, explain)
+            explain = partial(checks.why_not_finite, self.model, self.args)
+            seen = Seen(self.state.global_step + 1, {"gradient norm": float(grad_norm)}, explain=explain)
+            self._skips_step = self.guards.check(seen, can_skip=True)
         if self._skips_step:
             model.zero_grad()  # to None: from a gradient of zero, momentum and weight decay would still move weights
         if self.guards.may_skip:
@@ -339,17 +306,16 @@ class GRPOTrainer(Trainer):
     # ---- A run and its checkpoints
 
     def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
         """Trainer's; "auto" goes on from the newest whole checkpoint in output_dir, or starts anew."""
-        checkpoint = resume_point(resume_from_checkpoint, self.recorder.folder)
-        if checkpoint and (changed := check_same_run(run_of(checkpoint), self._describe(), str(checkpoint))):
-            logger.warning(changed)
-        if checkpoint and self.recorder.aside:  # by an evaluation before this
-            put_back(self.recorder.aside, self.recorder.folder)
+        checkpoint = checkpoints.resume_point(resume_from_checkpoint, self.recorder.folder)
+        if checkpoint:
+            changed = checkpoints.check_same_run(checkpoints.run_of(checkpoint), self._describe(), str(checkpoint))
+            if changed:
+                logger.warning(changed)
+            if self.recorder.aside:  # by an evaluation before this
+                put_back(self.recorder.aside, self.recorder.folder)
         self.checkpoints.unsaved = None
         try:
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
@@ -369,7 +335,7 @@ class GRPOTrainer(Trainer):
         return output
 
     def _describe(self) -> dict[str, Any]:
-        return describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
+        return checkpoints.describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
 
     def _checkpoint_folder(self, trial: Any) -> Path:
         return Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
@@ -394,7 +360,8 @@ class GRPOTrainer(Trainer):
     def _save_before_stop(self, trial: Any) -> None:
         """The steps so far are good, unless their weights are not."""
         wanted = self.args.save_strategy != "no" and self.state.global_step > 0
-        if wanted and not is_finished(self._checkpoint_folder(trial)) and math.isfinite(norm_of_weights(self.model)):
+        finished = checkpoints.is_finished(self._checkpoint_folder(trial))
+        if wanted and not finished and math.isfinite(checks.norm_of_weights(self.model)):
             self._save_checkpoint(self.model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -461,15 +428,18 @@ class Updates:
     """
 
     def __init__(self, trainer: GRPOTrainer):
-        self.trainer = trainer
+        self.trainer, self.dataset = trainer, trainer.prompts
         self.steps = trainer.stream.order.rollouts_per_epoch * trainer.args.steps_per_rollout
 
     def __len__(self) -> int:
         return self.steps * self.trainer.args.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        start = self.trainer.state.global_step
+        trainer, args = self.trainer, self.trainer.args
+        start = trainer.state.global_step
         for step in range(start, (start // self.steps + 1) * self.steps):
-            update = self.trainer.update_of_step(step)
-            yield from [{}] * (self.trainer.args.gradient_accumulation_steps - 1)
-            yield {"update": update}
+            index, place = divmod(step, args.steps_per_rollout)
+            if trainer.rollout is None or trainer.rollout.index != index:
+                trainer.rollout = trainer.make_rollout(index)
+            yield from [{}] * (args.gradient_accumulation_steps - 1)
+            yield {"update": trainer.rollout.updates[place % args.updates_per_rollout]}
