@@ -66,6 +66,7 @@ class Scorer:
         tally: Tally = {reward.name: Calls() for reward in self.rewards}
         for group, rows in zip(groups, verdicts, strict=True):
             for completion, by_name in zip(group.completions, rows, strict=True):
+                completion.rewards = {}  # in the order of the verifiers, and of no earlier ones
                 for name, verdict in by_name.items():
                     tally[name].add(verdict, group.prompt.index, completion.text)
                     completion.outcomes[name] = verdict.outcome
