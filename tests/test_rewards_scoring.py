@@ -146,7 +146,11 @@ def test_numbers_become_floats(value, expected):
     assert scores == [expected] and type(scores[0]) is float
 
 
-@pytest.mark.parametrize("value", ["1.0", [1.0], {"score": 1}, 1j, np.array([1.0]), torch.tensor([1.0]), object()], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    ["1.0", [1.0], {"score": 1}, 1j, np.array([1.0]), torch.tensor([1.0]), object()],
+    ids=lambda value: type(value).__name__,
+)
 def test_other_things_name_the_verifier_and_what_it_returned(value):
     expected = f"'constant' returned .*\\({type(value).__name__}\\) for a sample; expected a number"
     with pytest.raises(ValueError, match=expected):

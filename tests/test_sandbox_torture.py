@@ -7,6 +7,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import pytest
 
 from grpo_hf.isolation import job, sandbox
 from grpo_hf.isolation.job import make_job
-from grpo_hf.isolation.sandbox import Limits, Result, Sandbox
+from grpo_hf.isolation.sandbox import Limits, Result, Sandbox, examine
 from reward_fns.code import code
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +102,7 @@ HOSTILE = {
     "asks for a name": ("failed", "import socket; socket.getaddrinfo('example.com', 80)"),
     "talks to the host of a virtual machine": ("failed", "import socket; socket.socket(40, socket.SOCK_STREAM)"),
     "runs a shell": ("failed", "import subprocess; subprocess.run(['/bin/sh', '-c', 'echo x'], check=True)"),
+    "runs the loader": ("failed", "import os; os.execv('/lib64/ld-linux-x86-64.so.2', ['ld', '--version'])"),
     "becomes root": ("failed", "import os; os.setuid(0)"),
     "makes a user namespace": (
         "failed",
@@ -203,6 +205,29 @@ def test_a_killed_worker_takes_its_program_along():
     worker.kill()
     worker.wait()
     assert psutil.wait_procs(family, timeout=30)[1] == []
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["judge", "program"])
+def test_a_cell_that_the_kernel_kills_is_no_error(place):
+    """As when memory runs out: the process that reads and writes the cases goes first."""
+
+    def kill():
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            boots = [child for child in psutil.Process().children() if "sys.modules" in " ".join(child.cmdline())]
+            cells = [cell for boot in boots for cell in boot.children()]
+            running = [cell for cell in cells if len(cell.children(recursive=True)) == 2]  # process 1, and what it runs
+            if len(running) == 2:
+                sorted(running, key=lambda cell: cell.pid)[place].children()[0].kill()
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    tests = [([compile("assert f() == 1", "<tests>", "exec")], ["f"])]
+    result = examine("def f():\n  while True: pass", tests, limits=Limits(timeout=5.0))
+    thread.join()
+    assert result.status in ("memory", "timeout") and result.passed == (False,)
 
 
 def test_inside_a_limited_worker():

@@ -1,1 +1,1 @@
-"""Processes that end in time and reach nothing: the sandbox for programs that nobody trusts."""
+"""Processes that end in time: workers for verifiers, and sandboxes that reach nothing, for programs that nobody trusts."""

@@ -67,15 +67,16 @@ def main() -> None:
 
 
 def _one_of_two(job: dict[str, Any]) -> _Cell:
-    """Fork a process for the program and one for the judge, joined by a pipe each way, and wait for the first to end."""
+    """Fork a process for the program and one for the judge, joined by a pipe each way, and wait for them."""
     from grpo_hf.isolation import judge
 
     out, asked, answered = os.memfd_create("out"), os.pipe(), os.pipe()
-    if os.fork() == 0:
+    judging = os.fork()
+    if judging == 0:
         cell, others = _Cell(judge.main, job["judge_uid"], job["judge"]), (0, 1, asked[0], answered[1])
         cell.channel, cell.judges = [answered[0], asked[1]], True
     elif child := os.fork():
-        _wait_for(child)
+        _wait_for(child, judging)
     else:
         cell, others = _Cell(inside.serve, job["uid"], (0, 1)), (*job["judge"], asked[1], answered[0])
         cell.channel = [asked[0], answered[1]]
@@ -103,10 +104,11 @@ def _enter(job: dict[str, Any], cell: _Cell) -> None:
     os.chdir(job["home"])
 
 
-def _wait_for(child: int) -> NoReturn:
-    """End as a child does; without the files, or else the pipes between the cells would never end."""
+def _wait_for(*children: int) -> NoReturn:
+    """End when all children have, as the first that fails; without files, or the pipes between the cells would never end."""
     os.closerange(0, _EVERY_FILE)
-    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
+    ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    os._exit(next((status for status in ended if status), 0) & 0xFF)
 
 
 def _unless_none(job: dict[str, Any], raise_wall: Callable[..., None], *arguments: Any) -> None:

@@ -12,7 +12,7 @@ import os
 import sys
 from types import BuiltinMethodType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 
-from grpo_hf.isolation import wire
+from grpo_hf.isolation import foreign, wire
 from grpo_hf.isolation.program import attempt
 
 TYPE_CHECKING = False  # importing typing or collections.abc would take longer than the rest of the start
@@ -79,7 +79,7 @@ class _Program(wire.Link):
             raise TypeError(f"this is not an object of the tests: {lent!r}")
         if verb.endswith("attr") and not _may_touch(verb, *arguments):
             raise AttributeError(f"a program cannot {verb} {arguments[1]!r} of a {type(lent).__name__}")
-        return wire.VERBS[verb](*arguments, **options)
+        return foreign.VERBS[verb](*arguments, **options)
 
     def _show(self) -> None:
         """Print what the program has printed, where a test has put something in place of standard output."""

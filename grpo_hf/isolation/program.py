@@ -33,7 +33,7 @@ def run_script(job: dict[str, Any]) -> int:
 
 def serve(job: dict[str, Any]) -> int:
     """Run it as the module `solution`, then do what the tests ask, until they end; the exit status."""
-    from grpo_hf.isolation import wire
+    from grpo_hf.isolation import foreign, wire
 
     namespace = _main_module("solution")
     stopped = attempt(_execute, job, namespace)
@@ -42,7 +42,7 @@ def serve(job: dict[str, Any]) -> int:
 
     def answer(verb: str, *arguments: Any, **options: Any) -> Any:
         try:
-            return namespace[arguments[0]] if verb == "global" else wire.VERBS[verb](*arguments, **options)
+            return namespace[arguments[0]] if verb == "global" else foreign.VERBS[verb](*arguments, **options)
         finally:
             _flush()
 

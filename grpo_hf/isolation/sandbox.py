@@ -55,7 +55,7 @@ Status = Literal["ok", "failed", "timeout", "memory", "killed", "output_limit"]
 _PREFIX = "grpo_hf_sandbox_"
 _KILLED = (-9, 256 - 9)  # of the outer process, and of the inner one as the outer reports it
 _GRACE = 30.0  # seconds that a busy machine may take to start the sandbox or to end a program
-_PARTS = ("walls", "program", "cell", "wire", "judge")
+_PARTS = ("walls", "program", "cell", "foreign", "values", "wire", "judge")
 # Each part gets built-ins of its own, so that a program that patches the shared ones changes nothing there.
 _BOOT = """
 import builtins, marshal, os, sys

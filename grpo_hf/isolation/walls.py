@@ -36,6 +36,8 @@ _ALLOW, _REFUSE, _UNKNOWN = 0x7FFF0000, 0x00050001, 0x00050026  # the others fai
 # System calls with their numbers on x86_64 and aarch64 ("-": has none). They go past the namespaces (a socket of a family
 # that has none), hold memory that no limit counts, or are kernel surface that a program under test has no use for.
 _REFUSED = """
+execve 59 221
+execveat 322 281
 socket 41 198
 ptrace 101 117
 process_vm_readv 310 270

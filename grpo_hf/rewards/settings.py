@@ -20,7 +20,7 @@ class RewardSettings:
     """GRPOConfig's settings of the same names, which start with ``reward_``."""
 
     timeout: float = 10.0
-    """Seconds that one call may take, from its start, in a worker or as an async function."""
+    """Seconds a sample that one call may take, from its start, in a worker or as an async function."""
     memory_gb: float = 4.0
     """What one call may add to the memory of its worker."""
     workers: int | None = None

@@ -14,10 +14,12 @@ from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
 from reward_fns.code.preamble import LEETCODE, imported_names
 from reward_fns.code.tests import Asserts, Pairs, parse_tests
+from reward_fns.marks import scoped
 
 
 @register_reward
 @parses_gold(parse_tests)
+@scoped
 def code(
     completion: str,
     tests: Any,
@@ -35,8 +37,8 @@ def code(
     """1.0 if the completion's Python program passes all tests, else 0.0; with `partial_credit` the share that it passes.
 
     The program is the last ```python block that defines what the tests call, or else the last ```python block, or else the
-    last block of any kind; without one there is no answer, unless `fenced=False` takes the whole completion. Only what
-    follows a `</think>` counts. It runs with the standard library alone in a `Sandbox`, which says what it may use and
+    last block of any kind; without one there is no answer, unless `fenced=False` takes the whole completion. `scope`: see
+    `scoped`. It runs with the standard library alone in a `Sandbox`, which says what it may use and
     what `isolation` means; names that it reads and does not define are imported where the `preamble` has them. `timeout` is
     for each input, or for all asserts together, and `total_timeout` for a completion; below the trainer's `reward_timeout` a
     slow program is a wrong one and not a fault.
@@ -101,8 +103,7 @@ def find_program(completion: str, *, fenced: bool = True, defining: Collection[s
     >>> find_program("x = 1"), find_program("x = 1", fenced=False)
     (None, 'x = 1')
     """
-    text = completion.rpartition("</think>")[2]
-    blocks = _blocks(text)
+    blocks = _blocks(completion)
     names = "|".join(map(re.escape, defining))
     definition = re.compile(rf"^(?:(?:async\s+)?def|class)\s+(?:{names})\b|^(?:{names})\s*[:=]", re.MULTILINE)
     for wanted in (
@@ -113,7 +114,7 @@ def find_program(completion: str, *, fenced: bool = True, defining: Collection[s
     ):
         if found := [program for closed, python, program in blocks if wanted(closed, python, program)]:
             return found[-1]
-    return None if fenced else text
+    return None if fenced else completion
 
 
 def _blocks(text: str) -> list[tuple[bool, bool, str]]:
