@@ -3,12 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-# Two processes, a file's tests in one of them, the slow files first (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-# These start vLLM in their own process, which changes it for whatever comes after.
-VLLM_TESTS := tests/test_vllm_engine.py tests/test_vllm_training.py tests/test_vllm_server.py
-# The promises, and what needs no trainer and no worker.
-QUICK_TESTS := tests/invariants $(addprefix tests/test_, advantages.py aggregation.py attention.py choose.py correction.py \
+# Two processes; tests/conftest.py says which files' tests are run in one of them, and in which order.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+# The promises but for engines and kills, which take minutes, and what needs no trainer and no worker.
+QUICK_TESTS := $(filter-out tests/invariants/test_5% tests/invariants/test_6%, $(wildcard tests/invariants/test_*.py)) $(addprefix tests/test_, advantages.py aggregation.py attention.py choose.py correction.py \
 	kl.py layers.py layout.py logits.py logprobs.py losses.py metrics.py objective.py pass_at_k.py planning.py prompts.py \
 	record.py stream.py toy.py tree.py)
 
@@ -23,11 +21,10 @@ setup: .venv/ready
 	touch $@
 
 check: setup lint
-	$(PYTEST) $(QUICK_TESTS) --deselect tests/invariants/test_6_killed_run.py
+	$(PYTEST) $(QUICK_TESTS)
 
 test: setup lint
-	$(PYTEST) $(VLLM_TESTS:%=--ignore=%)
-	$(PYTEST) $(VLLM_TESTS)
+	$(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

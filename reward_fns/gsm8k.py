@@ -29,7 +29,7 @@ _NUMBER = re.compile(
 )
 # What makes a number the start of something else: a sum, a range, a time, a power, a list, a choice, 1e5, 4!.
 _GOES_ON = re.compile(
-    r"\s*(?:[-+*/^×·÷:.,;|&~]\s*|(?:or|and|to)\s+)*[0-9]|[eE][-+]?[0-9]|!|[^.\n]{0,60}\b(?:or|and)\s+[^\w\s]?[0-9]"
+    r"\s*(?:[-+*/^×·÷:.,;|&~]\s*|(?:or|and|to)\s+)*[0-9]|[eE][-+]?[0-9]|!|[kK]\b|[^.\n]{0,60}\b(?:or|and)\s+[^\w\s]?[0-9]"
 )
 _NOT_THIS = re.compile(r"\b(?:not|neither|nor|least|most|than|between)\s*$", re.IGNORECASE)
 _HEADING = re.compile(r"(?!(?:negative|minus)\b)(?:[A-Za-z]{2,}\b(?!\s*=)|[0-9]+\. +[A-Za-z])", re.IGNORECASE)

@@ -20,7 +20,7 @@ _NOISE = re.compile(
     r"</?(?:b|i|u|em|strong|s)>|<\|[^|<>\n]{1,30}\|>|^[ \t]*```\w*[ \t]*$|[\u2600-\u27bf\ufe0f\U0001f300-\U0001faff]",
     re.MULTILINE,
 )
-_JOINED_BOXES = re.compile(r"\}[\s$]*(?:,|/|or|and)[\s$]*$")
+_JOINER = re.compile(r"[\s$}]*(?:[,/]|\\text\s*\{\s*(?:or|and)\s*\}|or|and)[\s$]*")
 
 
 def scoped(judge: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,11 +84,20 @@ def last_boxed(text: str) -> str | None:
     ('\\\\text{about }{2}', '7')
     """
     boxes = list(BOX.finditer(text)) if "box" in text else []
-    if not boxes or _JOINED_BOXES.search(text, 0, boxes[-1].start()):
+    if not boxes:
         return None
-    if boxes[-1]["bare"]:
-        return boxes[-1]["bare"]
-    start, depth = boxes[-1].end(), 1
+    if len(boxes) > 1 and (before := _content(text[: boxes[-1].start()], boxes[-2])) is not None:
+        start = boxes[-2].start("bare") if boxes[-2]["bare"] else boxes[-2].end()
+        if _JOINER.fullmatch(text, start + len(before), boxes[-1].start()):
+            return None
+    return _content(text, boxes[-1])
+
+
+def _content(text: str, box: re.Match[str]) -> str | None:
+    """What a box holds, braces balanced; None if it does not end."""
+    if box["bare"]:
+        return box["bare"]
+    start, depth = box.end(), 1
     for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:

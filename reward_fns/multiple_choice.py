@@ -23,11 +23,13 @@ _ANOTHER = re.compile(
     r"[.:)?]? ?(?:(?:[,/&;|+]|\(?\b(?:and/or|[Oo]r|and)\b) ?(?:option )?(?![AI] [a-z])(?:\([A-Za-z]\)|[A-Z](?![\w'’]))"
     r"|\([A-Za-z]\))"
 )
-_FIRST = re.compile(r"(?:^|\n|[.;!?] )\(?(?P<letter>[A-Z])(?:\)|[.:,。]|(?=\n|$))")
-_CLAUSE = re.compile(r"[.,;!?。，；]|\bbut\b")
+_FIRST = re.compile(r"(?:^|\n|[.;!?] )\(?(?P<letter>[A-Z]|[a-z](?=[.)] ))(?:\)|[.:,。]|(?=\n|$))")
+_CLAUSE = re.compile(r"[.,;!?。，；]|(?<!thing )\bbut\b")
 _REASON = re.compile(r"\b(?:since|because|as|given|due to|while|whereas)\b[^.!?;]*", re.IGNORECASE)
 _NOT = re.compile(
-    r"\b(?:not|cannot|never|neither|wrong|incorrect|false|except|rather than|instead of|unlike)\b|n['’]t\b|不", re.IGNORECASE
+    r"\b(?:not|cannot|never|neither|wrong|incorrect|false|except|(?:any|every)thing but|rather than|instead of|unlike)\b"
+    r"|n['’]t\b|不",
+    re.IGNORECASE,
 )
 _AFTER_LETTER = {"because", "since", "as", "and", "or", "which", "given", "due", "by", "for", "based", "is", "not", "but"}
 _AFTER_A = {"seems", "looks", "fits", "works", "must", "would", "cannot", "can"}

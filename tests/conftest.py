@@ -25,16 +25,44 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 cloudpickle.register_pickle_by_value(tests)
 
 
+SLOW_FIRST = [
+    "invariants/test_6_killed_run",
+    "test_trainer",
+    "invariants/test_9_any_samples",
+    "test_guards",
+    "test_vllm_server",
+]
+"""Files whose tests take long, the slowest first: the others fill up what is left of the two processes' time."""
+
+VLLM_LAST = ["test_vllm_training", "test_vllm_engine", "invariants/test_5_engine_logprobs"]
+"""These start vLLM in their own process, which changes it for whatever comes after."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files, and keep each one's tests in one process (pytest-xdist's --dist loadgroup); those with vLLM in one
+    process, where they share its engines."""
+    order = {name: place for place, name in enumerate([*SLOW_FIRST, "", *VLLM_LAST])}
+    for item in items:
+        name = str(item.path.relative_to(item.config.rootpath / "tests").with_suffix(""))
+        item.add_marker(pytest.mark.xdist_group("vllm" if name in VLLM_LAST else name))
+        item.stash[PLACE] = order.get(name, order[""])
+    items.sort(key=lambda item: item.stash[PLACE])
+
+
+PLACE = pytest.StashKey[int]()
+
+
 def pytest_collection_finish() -> None:
     """Trainer collects garbage when it starts: keep the imported libraries out of that, which saves 0.3 s a trainer."""
     gc.collect()
     gc.freeze()
 
 
-# vLLM takes long to start, and its engines stay to the end of the process: these are shared by all test files.
+# vLLM takes long to start: the tests of a file share its engines, and those of all files a server. An engine that goes takes
+# the process group of all others in its process along, so that none may be kept for another file.
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engines() -> dict[str, VLLMEngine]:
     """One engine in this process for each kind of head; a test hands it the model that it trains."""
     from tests.tiny_vllm import make_engine
@@ -42,7 +70,7 @@ def engines() -> dict[str, VLLMEngine]:
     return {"tied": make_engine(tied=True), "untied": make_engine(tied=False)}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def text_engine() -> VLLMEngine:
     """Holds a LoRA adapter beside the base weights, and decodes what it samples."""
     from tests.tiny_vllm import make_text_engine

@@ -205,6 +205,9 @@ def test_it_is_found_by_name_with_its_mode():
 WRITTEN = [json.loads(line) for line in (Path(__file__).parent / "data" / "answers.jsonl").open(encoding="utf-8")]
 NOT_READ = {
     r"$\boxed{\pi \approx 3.14}$": "it gives two answers, and the second counts",
+    "So Lily is 17 years old now and her brother is 12.": "of two things said the second counts",
+    "I think the answer is 10, but it could be 12.": "a second thought after the answer is not read",
+    "<think>so 10</think>\n\nThe result is ten.": "a number in words counts only where an answer begins",
     "I'd eliminate A and B. Between C and D, C fits better.": "what fits better is not weighed",
 }
 
@@ -256,6 +259,8 @@ ABSURD = {
     "brackets": "(1," * 6000,
     "dollars": "$" * 20_000,
     "minus": "-" * 20_000,
+    "prices": "$1 " * 6_000,
+    "values": "1, 2 and " * 2_000,
 }
 
 

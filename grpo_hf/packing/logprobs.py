@@ -34,6 +34,9 @@ TOKENS_PER_CHUNK = 256
 """Tokens made at a time at least, however many words the head has: each chunk reads the head's weights and their gradient
 again, which takes longer than the products of a few tokens."""
 
+LOGITS_PER_BLOCK = 2**19
+"""Logits that a CPU works on at a time once they are made: 2 MiB in float32, about a core's cache."""
+
 LOGITS_KEPT = {"cpu": 2**24, "cuda": 2**28}
 """Log-probs that a forward pass leaves for the backward pass at most, which need not be made again then."""
 
@@ -149,12 +152,13 @@ class _FusedLinearLogprobs(torch.autograd.Function):
         order = rows.argsort(stable=True)
         for here, tokens in _chunks(rows, len(hidden), chunk):
             at = order[tokens]
-            logp = _logp(hidden[here], compute_weight, temperature)
+            logp = _logits(hidden[here], compute_weight, temperature)
+            for block, of_block in _blocks(logp, entropy[here]):
+                block.copy_(block.log_softmax(-1))
+                torch.sum(block.exp().mul_(block), -1, out=of_block).neg_()
             logprobs[at] = logp[rows[at] - here.start, targets[at]]
-            p = logp.exp()
-            entropy[here] = -torch.einsum("tv,tv->t", p, logp)
             if expected is not None:
-                expected[here] = p.to(dtype) @ compute_weight
+                expected[here] = logp.exp_().to(dtype) @ compute_weight
             elif here.stop * len(weight) <= kept:
                 kept_chunks.append(logp)
         ctx.save_for_backward(hidden, weight, targets, rows, order, entropy, expected, *kept_chunks)
@@ -174,13 +178,20 @@ class _FusedLinearLogprobs(torch.autograd.Function):
             return grad_hidden.index_add_(0, rows, of_targets.to(expected.dtype)), *[None] * 6
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        buffer: Tensor | None = None  # for the gradient of a chunk's logits: fresh memory would take longer than its use
         for number, (here, tokens) in enumerate(_chunks(rows, len(hidden), ctx.chunk)):
-            at, kept = order[tokens], number < len(kept_chunks)
-            logp = kept_chunks[number] if kept else _logp(hidden[here], compute_weight, ctx.temperature)
-            coefficient = grad_of_row[here, None]  # of -p in dL/dz
-            if grad_entropy is not None:
-                coefficient = coefficient + grad_entropy[here, None] * (logp + entropy[here, None])
-            grad_logits = logp.exp().mul_(coefficient.neg())
+            at, done = order[tokens], number < len(kept_chunks)
+            logp = kept_chunks[number] if done else _logits(hidden[here], compute_weight, ctx.temperature)
+            if buffer is None or buffer.shape != logp.shape:
+                buffer = torch.empty_like(logp)
+            grad_logits = buffer
+            of_entropy = torch.zeros_like(entropy) if grad_entropy is None else grad_entropy
+            for block, grad, *of_rows in _blocks(logp, grad_logits, grad_of_row[here], entropy[here], of_entropy[here]):
+                of_logprobs, h, of_h = (values[:, None] for values in of_rows)
+                logp_of_block = block if done else block.log_softmax(-1)
+                torch.exp(logp_of_block, out=grad).mul_(-of_logprobs)
+                if grad_entropy is not None:
+                    grad.sub_(logp_of_block.exp().mul_((logp_of_block + h).mul_(of_h)))
             grad_logits.index_put_((rows[at] - here.start, targets[at]), grad_of_token[at], accumulate=True)
             if ctx.temperature != 1:
                 grad_logits.div_(ctx.temperature)
@@ -194,9 +205,16 @@ class _FusedLinearLogprobs(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 5
 
 
-def _logp(hidden: Hidden, weight: Float[Tensor, "vocab dim"], temperature: float) -> Float[Tensor, "token vocab"]:
+def _logits(hidden: Hidden, weight: Float[Tensor, "vocab dim"], temperature: float) -> Float[Tensor, "token vocab"]:
     logits = linear(hidden.to(weight.dtype), weight).float()
-    return (logits if temperature == 1 else logits.div_(temperature)).log_softmax(-1)
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _blocks(logits: Float[Tensor, "row vocab"], *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of logits, and of what else has a row each, so few at a time on a CPU that one operation after another finds them
+    in its cache."""
+    rows = max(1, LOGITS_PER_BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return zip(logits.split(rows), *(values.split(rows) for values in others), strict=True)
 
 
 def _chunks(rows: Int[Tensor, " token"], num_rows: int, chunk: int) -> Iterator[tuple[slice, slice]]:

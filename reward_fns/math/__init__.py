@@ -12,7 +12,7 @@ from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
 from reward_fns.marks import scoped
 from reward_fns.math.find import find_answer, value_in
-from reward_fns.math.forms import Form, is_choice, read, right_side, with_unit
+from reward_fns.math.forms import Form, has_words, is_choice, read, right_side, with_unit
 from reward_fns.math.sympy import check, equal
 from reward_fns.math.text import ProseError, UnreadableError
 from reward_fns.math.units import NONE, PERCENT, Unit
@@ -57,8 +57,9 @@ def math(completion: str, answer: Form, *, mode: str = "lenient", percent: str =
     these holds: `\\boxed{}` (several joined by a comma, `and` or `or` are one answer), `<answer>`, a line with `####`,
     "final answer is". In `lenient` mode an unmarked answer counts too: what follows the last "answer is" or "answer:" up to
     the end of its line, or else the value that the last sentence comes to; and of a marked sentence its value, but none that
-    it denies ("not 5") or only bounds ("at least 5"). Only the last 20,000 characters are searched, bold and other markup
-    does not matter, and what stands before `</think>` does not count (the option `scope`: auto, after_think, whole).
+    it denies ("not 5") or only bounds ("at least 5"). Only the last 20,000 characters are searched (2,000 for an unmarked
+    value), bold and other markup does not matter, and what stands before `</think>` does not count (the option `scope`:
+    auto, after_think, whole).
 
     Equal in both modes: numbers of one exact value, however written (1/2, 0.5, \\frac12; 1,234; 2 1/2; 3e2), never rounded;
     expressions that math-verify finds equal; sets and bare lists in any order; tuples, intervals and matrices in theirs,
@@ -97,7 +98,7 @@ def math(completion: str, answer: Form, *, mode: str = "lenient", percent: str =
     if percent not in _PERCENTS:
         raise ValueError(f"math cannot take percent={percent!r}; it is one of: {', '.join(_PERCENTS)}")
     strict = mode == "strict"
-    text = find_answer(completion, strict=strict)
+    text = find_answer(completion, strict=strict, words=has_words(answer))
     if text is None:
         return NO_ANSWER
     try:

@@ -7,24 +7,26 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from reward_fns.marks import BOX, MARKER, last_boxed, without_markup
-from reward_fns.math.forms import MAX_CHARACTERS, Form, read
+from reward_fns.math.forms import MAX_CHARACTERS, Form, has_words, read
 from reward_fns.math.text import UnreadableError
 
 MAX_COMPLETION = 20_000
 _SHORT = 100
 _FEW_WORDS = 3
 _ENDING = 200
+_UNMARKED = 2000
 
 _BETWEEN_BOXES = re.compile(r"\\q?quad|\\text|\\[()\[\],;! ]|[\s${}]")
 _JOINED = re.compile(r"(?P<join>[,;]?(?:and|or)?)(?:[A-Za-z]\w*=)?")
 _WORDS_AND = re.compile(r"[^.:?!\n]{0,50}\W(?P<join>and|or)\W*")
 _PERCENT = r"\s*\$?\s*(?:\\?%|percent\b|pct\b)"
 _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-_CUE_WORDS = ("answer", "réponse", "答案")
+_CUE_WORDS = ("answer", "ans", "réponse", "答案")
 _CUE = re.compile(
-    rf"(?:^[^\w\n]*(?P<title>final\s+)?answer[^\w\n]*\n|(?P<final>final\s+)?(?:{'|'.join(_CUE_WORDS)})\W{{0,3}}"
+    rf"(?:^[^\w\n]*(?P<title>final\s+)?answer[^\w\n]*\n"
+    rf"|(?<!wrong )(?<!incorrect )(?P<final>final\s+)?\b(?:{'|'.join(_CUE_WORDS)})\W{{0,3}}"
     r"(?:\s+(?:to|for)\b[^.\n]{0,80}?)?\s*(?:\b(?:is|was|(?:would|should|must|will) be|equals)\b|[:=：]))"
-    r"[\s:]*(?:(?<=\n)[-*•>]\s+)?(?:\\?[\"“])?",
+    r"(?:\s+(?:as follows|given by|the following|below))?[\s:]*(?:(?<=\n)[-*•>]\s+)?(?:\\?[\"“])?",
     re.IGNORECASE | re.MULTILINE,
 )
 _TEX = r"(?:[^$\n\\]|\\.)"
@@ -34,11 +36,11 @@ _SPAN = (
 )
 _SPANS = re.compile(rf"{_SPAN}(?:\s*(?:,|,?\s*(?:and|or))\s*{_SPAN.replace('P<matrix>', ':')})*(?:{_PERCENT})?", re.DOTALL)
 _SENTENCE = re.compile(
-    r".*?(?=[.;?!]+(?:\s|$)|[。，]|,\s+(?!and\b|or\b)[a-z]{2}|\s(?:because|since|when|where|if|as|so|which|while)\b|$)",
+    r".*?(?=(?:[.;?]|(?<!\d)!)+(?:\s|$)|[。，]|,\s+(?!and\b|or\b)[a-z]{2}|\s(?:because|since|when|where|if|which|while)\b|$)",
     re.MULTILINE,
 )
-_SENTENCE_END = re.compile(r"[.;?!]\s|[。\n]")
-_CLAUSE_END = re.compile(r"[.;?!]\s|[。\n]|,\s+(?!and\b|or\b)(?=[a-z]{2})")
+_SENTENCE_END = re.compile(r"(?:[.;?]|(?<!\d)!)\s|[。\n]")
+_CLAUSE_END = re.compile(r",\s+(?!and\b|or\b)(?=[a-z]{2})")
 _CONDITION = re.compile(r"\s*(?:if|since|because|when|assuming|given|although|though)\b", re.IGNORECASE)
 _NUMBER = r"(?:\d+ \d+/\d+|\d(?:[\d,]*\d)?(?:\.\d+)?|\.\d+|\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|\\sqrt\s*\{[^{}]*\})"
 _TERM = rf"\(?(?:\\?[$€£¥₹]\s?)?{_NUMBER}\)?"
@@ -48,10 +50,11 @@ _EXPRESSION = re.compile(
     r"(?:\s?\\?[%$€£¥₹]|[ ]?[^\W\d_]+(?:\^?[²³23])?(?:[ ][^\W\d_]+)*)?"
 )
 _ASIDE = re.compile(
-    r"\b(?:(?:to|for|from|by|in|ici|after|before|with|among|every|each|within|during|until)\s+(?:[a-z]+ing\s+)?"
+    r"\b(?:(?:to|for|from|by|in|ici|on|at|after|before|with|among|every|each|within|during|until)\s+(?:[a-z]+ing\s+)?"
     r"(?:(?:his|her|their|its|my|our|your|the|all|these|those|other)\s+){0,2}"
     r"|(?<!ha[sd] )(?<!have )(?<!need )(?<!needs )(?<!needed )(?<!able )(?<!going )(?<!wants )"
-    r"to\s+(?!about|around|be|exactly|only)[a-z]+\s+(?:(?:his|her|their|its|the|another)\s+)?)$",
+    r"to\s+(?!about|around|be|exactly|only)[a-z]+\s+(?:(?:his|her|their|its|the|another)\s+)?"
+    r"|(?:at|when|where|if|for|with)\s+[A-Za-z]\s*=\s*)$",
     re.IGNORECASE,
 )
 _NO_IDEA = re.compile(
@@ -59,17 +62,18 @@ _NO_IDEA = re.compile(
 )
 _HEDGED = re.compile(r"\b(?:or|either|maybe|perhaps|possibly)\b.*\d|\band\b\W{0,5}\d", re.IGNORECASE | re.DOTALL)
 _NOT_THIS = re.compile(
-    r"(?:\b(?:not?|never|neither|nor|least|most|up to|(?:more|less|fewer|greater|other) than|over|under|between)|n['’]t)\W*"
+    r"(?:\b(?:not?|never|neither|nor|least|most|up to|such as|(?:more|less|\w+er) than|over|under|between)|n['’]t)\W*"
     r"(?:\s(?:be|a|the))?\W*$",
     re.IGNORECASE,
 )
 
 
-def find_answer(completion: str, *, strict: bool) -> str | None:
+def find_answer(completion: str, *, strict: bool, words: bool = True) -> str | None:
     """The text of the answer that a completion gives, as it is written; None if there is none.
 
     Marked is what the last of these holds: `\\boxed{}`, `<answer>`, a line with `####`, "final answer is". Unless it is
-    ``strict``, unmarked answers count too: what follows the last "answer is" or "answer:", or else the last value.
+    ``strict``, unmarked answers count too: what follows the last "answer is" or "answer:", or else the last value. Without
+    ``words`` an unmarked answer must hold a value.
 
     >>> find_answer("It is \\\\boxed{2}, no, \\\\boxed{3} or \\\\boxed{4}.", strict=True)
     '3, 4'
@@ -80,17 +84,17 @@ def find_answer(completion: str, *, strict: bool) -> str | None:
     cues = list(_cues(text))
     marks = [*_boxes(text), *_hash_lines(text)]
     marks += [(match.start(), match[1]) for match in _TAG.finditer(text) if match[1].strip()]
-    marks += [(start, said) for start, final, said in cues if final and (form := _form(said)) and not _has_words(form)]
+    marks += [(start, said) for start, final, said in cues if final and (form := _form(said)) and not has_words(form)]
     if marks:
         return max(marks)[1]
     if BOX.search(text):
         return None  # a box that does not end may have been cut inside a number
     for _, final, said in cues:
-        if (final or not strict) and _is_answer(_form(said)):
+        if (final or not strict) and _is_answer(_form(said), words=words):
             return said
         if not strict and _EXPRESSION.search(said):
             return value_in(said)
-    return None if strict else _last_value(text)
+    return None if strict else _last_value(text, words=words)
 
 
 def value_in(text: str) -> str | None:
@@ -133,7 +137,7 @@ def _hash_lines(text: str) -> Iterator[tuple[int, str]]:
     while (start := text.rfind(MARKER, 0, end)) >= 0:
         line, _, rest = text[start + len(MARKER) : end].lstrip(" :\t\n").partition("\n")
         form = _form(line)
-        if form is not None and (form.value is not None or not rest.strip()):
+        if form is not None and (form.value is not None or _EXPRESSION.match(line) or not rest.strip()):
             yield start, line
             return
         end = start
@@ -148,11 +152,13 @@ def _cues(text: str) -> Iterator[tuple[int, bool, str]]:
         yield cue.start(), bool(cue["final"] or cue["title"]), match.group() if match else ""
 
 
-def _last_value(text: str) -> str | None:
+def _last_value(text: str, *, words: bool) -> str | None:
     """A short text itself, or the value that its last sentence with one comes to."""
     short = text.strip()
-    if len(short) <= _SHORT and "\n" not in short and _is_answer(_form(short)):
+    if len(short) <= _SHORT and "\n" not in short and _is_answer(_form(short), words=words):
         return short
+    if len(text) > _UNMARKED:
+        text = text[-_UNMARKED:].partition(" ")[2]
     values = list(_values(text))
     return _result(text, values)[2] if values and not _NO_IDEA.search(text[-_ENDING:]) else None
 
@@ -167,10 +173,9 @@ def _result(text: str, values: list[tuple[int, int, str]]) -> tuple[int, int, st
     clauses = [(start, [v for v in values if start <= v[0] < end]) for start, end in pairwise([*starts, len(text)])]
     said = [(start, found) for start, found in clauses if found]
     begin, found = ([clause for clause in said if not _CONDITION.match(text, clause[0])] or said)[-1]
+    found = [value for value in found if not _ASIDE.search(text, begin, value[0]) and text[value[0]] == value[2][0]] or found
     equals = text.rfind("=", begin, found[-1][0])
-    if equals >= 0:
-        return next(value for value in found if value[1] > equals)
-    return ([value for value in found if not _ASIDE.search(text, begin, value[0])] or found)[-1]
+    return next(value for value in found if value[1] > equals) if equals >= 0 else found[-1]
 
 
 def _values(text: str) -> Iterator[tuple[int, int, str]]:
@@ -193,16 +198,11 @@ def _form(text: str) -> Form | None:
         return None
 
 
-def _is_answer(form: Form | None) -> bool:
-    """Whether it can be read, and not as a sentence."""
-    if form is None or (_has_words(form) and form.parts):
+def _is_answer(form: Form | None, *, words: bool) -> bool:
+    """Whether it can be read, not as a sentence, and as words only if they may be."""
+    if form is None or (has_words(form) and (form.parts or not words)):
         return False
     return len(form.words.split()) <= _FEW_WORDS and not re.search("[0-9]", form.words)
-
-
-def _has_words(form: Form) -> bool:
-    """Whether words stand in it."""
-    return bool(form.words) or any(map(_has_words, form.parts))
 
 
 def _blank(match: re.Match[str]) -> str:

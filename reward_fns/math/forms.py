@@ -68,7 +68,9 @@ _BASED = re.compile(r"(?P<value>[0-9A-F]+)_(?:\{(?P<base>\d+)\}|(?P<base_>\d))")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _COMMAND = re.compile(r"\\(?:begin|end)\{[a-z]+\}|\\(?!text)[A-Za-z]+")
 _WORDS = re.compile(r"[A-Za-z0-9][A-Za-z0-9' .:\-]*")
-_PROSE = re.compile(r"[A-Za-z]{4}|(?<![A-Za-z])[A-Za-z]{2,}\s+(?:[A-Za-z]{2,}|[-$]?\d)|[\u0400-\u1fff\u3040-\ud7ff]|\\text")
+_PROSE = re.compile(
+    r"[A-Za-z]{4}|(?<![A-Za-z])[A-Za-z]{2,}\s+(?:[A-Za-z]{2,}|[-$]?\d)|[a-z]['’][a-z]+\s|\([a-z]{3,}\)|[\u0400-\u1fff\u3040-\ud7ff]|\\text"
+)
 
 
 def read(text: str, *, thousands: bool = True) -> Form:
@@ -109,6 +111,11 @@ def with_unit(form: Form) -> Form:
     match = _GLUED.fullmatch(form.latex)
     value = parse_number(match["value"]) if match and form.unit == NONE and is_known(match["unit"]) else None
     return form if value is None or match is None else replace(form, value=value, unit=parse_unit(match["unit"]))
+
+
+def has_words(form: Form) -> bool:
+    """Whether words stand in it."""
+    return bool(form.words) or any(map(has_words, form.parts))
 
 
 def is_choice(form: Form) -> bool:

@@ -27,11 +27,11 @@ def test_vllm_in_this_process(engines: dict[str, VLLMEngine], head: str, lora: b
     print(f"\n{head}, {'lora' if lora else 'full'}: largest difference {worst:.1e}")
 
 
-def test_an_adapter_alone(text_engine: VLLMEngine) -> None:
+def test_an_adapter_alone(text_engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held by vLLM beside base weights that are sent once."""
     engine, model = text_engine, text_engine.weights.model
     engine.sync_weights(0)
-    engine._load = lambda weights: pytest.fail("sent the base weights again")  # type: ignore[method-assign]
+    monkeypatch.setattr(engine, "_load", lambda weights: pytest.fail("sent the base weights again"))
     done = 0
     for updates in (1, 9, 90):
         update(model, updates)
