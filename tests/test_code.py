@@ -47,8 +47,6 @@ def test_the_docstring_examples(module):
         ("```\na\n```\n```text\nb\n```", "b"),
         ("```python\na\n```\n```python\ncut o", "a"),
         ("```python\ncut o", "cut o"),
-        ("<think>\n```python\na\n```\n</think>\n```\nb\n```", "b"),
-        ("<think>\n```python\na\n```\n</think>\nno code", None),
         ("````python\ns = '''\n```\n'''\n````", "s = '''\n```\n'''"),
         ("1. So:\n   ```python\n   if x:\n       y\n\n   z\n   ```", "if x:\n    y\n\nz"),
         ("it is ```python print(1)```", None),
@@ -336,3 +334,10 @@ def test_sets_of_text_have_one_order_in_every_run():
         with Sandbox("print({str(i) for i in range(50)})") as box:
             orders.add(box.run().stdout)
     assert len(orders) == 1
+
+
+def test_what_is_thought_is_not_run() -> None:
+    thought = f"<think>\n{fenced('def f(x): return x * x')}\n</think>\n"
+    assert code(thought + fenced("def f(x): return x"), "assert f(2) == 4") == 0.0
+    assert code(thought + "no code", "assert f(2) == 4") == NO_ANSWER
+    assert code(thought + "no code", "assert f(2) == 4", scope="whole") == 1.0

@@ -52,13 +52,7 @@ class GroupSampler:
     """Where the times go."""
 
     def sample(
-        self,
-        prompts: list[Prompt],
-        seeds: list[int],
-        num_generations: int,
-        sampling: Sampling,
-        *,
-        trainer_state: Any = None,
+        self, prompts: list[Prompt], seeds: list[int], num_generations: int, sampling: Sampling, *, trainer_state: Any = None
     ) -> tuple[list[Group], Tally]:
         """One scored group a prompt, and how the verifiers' calls ended, which may ask for the trainer's state."""
         return self.finish(self.start(prompts, seeds, num_generations, sampling), trainer_state=trainer_state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -280,17 +279,6 @@ class GRPOConfig(TrainingArguments):
             low=self.vllm_importance_sampling_clip_min,
             high=self.vllm_importance_sampling_clip_max,
         )
-
-    @property
-    def server_url(self) -> str:
-        """Where the vLLM server is."""
-        return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
-
-    @property
-    def json_schema(self) -> str | None:
-        """vllm_structured_outputs_json as text."""
-        schema = self.vllm_structured_outputs_json
-        return json.dumps(schema) if isinstance(schema, dict) else schema
 
     def reward_settings(self) -> RewardSettings:
         """How verifiers are run; raises ValueError for settings that cannot be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,7 +43,7 @@ def make_engine(
     if args.vllm_mode == "server":
         return VLLMServerEngine(
             model,
-            base_url=args.server_url,
+            base_url=args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}",
             timeout=args.vllm_server_timeout,
             weights_folder=args.vllm_weights_folder,
             group_port=args.vllm_group_port,
@@ -63,6 +64,7 @@ def make_sampling(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, lm: PreT
     """How training samples; completions end at the tokenizer's and the model's own end tokens, and at what is asked for."""
     stops = lm.generation_config.eos_token_id  # type: ignore[union-attr]
     stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
+    schema = args.vllm_structured_outputs_json
     return Sampling(
         max_completion_length=args.max_completion_length,
         stop_token_ids=tuple(dict.fromkeys([tokenizer.eos_token_id, *stops, *(args.stop_token_ids or [])])),
@@ -73,5 +75,5 @@ def make_sampling(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, lm: PreT
         repetition_penalty=args.repetition_penalty,
         stop_strings=tuple(args.stop_strings or ()),
         regex=args.vllm_structured_outputs_regex,
-        json_schema=args.json_schema,
+        json_schema=json.dumps(schema) if isinstance(schema, dict) else schema,
     )
