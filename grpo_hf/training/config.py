@@ -188,7 +188,7 @@ class GRPOConfig(TrainingArguments):
         None, "Tokens of a forward pass; changes memory and speed only. None: 8192, on a CPU 2048, more for long prompts."
     )
     token_layout: str = option(
-        "auto", "'packed' (prompts shared, no padding), 'padded', or 'auto': packed if the model can."
+        "auto", "'packed' (a token tree: shared beginnings once, no padding), 'padded', or 'auto': packed if the model can."
     )
     balance_processes: bool = option(True, "Processes train on each other's groups, for as many tokens each; same gradient.")
     keep_zero_signal: bool = option(False, "Forward completions with advantage 0 too; same gradient, more work.")
