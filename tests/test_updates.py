@@ -129,6 +129,18 @@ def test_resume_from_any_number_of_finished_updates(
         assert len(run.engine.synced) - syncs == (left - (-finished % (updates * iterations))) // (updates * iterations)
 
 
+def test_inside_a_rollout_a_resumed_run_trains_what_the_launcher_has_wrapped(tmp_path: Path, only_our_parts: None) -> None:
+    """As for a rollout that is made anew: without the wrapper, processes would not share their gradients."""
+    run = Run(tmp_path, iterations=2)
+    next(iter(run.epoch()))
+    run.trainer.state.global_step = 1
+    run.resume(run.save())
+    run.trainer.model_wrapped = torch.nn.Sequential(run.trainer.model)
+    next(iter(run.epoch()))
+    assert run.engine.synced == [0], "the rollout was there"
+    assert run.trainer.policy.wrapped is run.trainer.model_wrapped
+
+
 def test_a_checkpoint_keeps_what_the_first_pass_left_behind(tmp_path: Path, only_our_parts: None) -> None:
     """Old log-probs are part of a rollout; its groups, text and all, are done with."""
     run = Run(tmp_path, iterations=2)

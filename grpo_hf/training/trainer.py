@@ -246,7 +246,6 @@ class GRPOTrainer(Trainer):
 
     def make_rollout(self, index: int) -> Rollout:
         """Sample, score, plan and record a rollout, and take the log-probs that it needs of the weights as they are now."""
-        self.policy.inner, self.policy.wrapped = self.model, self.model_wrapped
         args, step = self.args, self.state.global_step
         ahead = args.rollout_ahead > 0 and step + args.steps_per_rollout < self.state.max_steps
         rollout = self.stream.make(index, version=step, ahead=ahead, trainer_state=self.state)
@@ -437,6 +436,7 @@ class Updates:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         trainer, args = self.trainer, self.trainer.args
         start = trainer.state.global_step
+        trainer.policy.inner, trainer.policy.wrapped = trainer.model, trainer.model_wrapped  # the launcher's, by now
         for step in range(start, (start // self.steps + 1) * self.steps):
             index, place = divmod(step, args.steps_per_rollout)
             if trainer.rollout is None or trainer.rollout.index != index:
