@@ -349,3 +349,15 @@ def test_a_process_that_gets_nothing_still_runs_something() -> None:
     updates = on_processes(lambda peers: updates_of([scored_group(rewards[peers.rank])], peers, balance=True)[0])
     assert sorted(update.idle for update in updates) == [False, True]
     assert all(update.samples for update in updates)
+
+
+@pytest.mark.parametrize("keep_zero_signal", [False, True])
+def test_a_completion_without_a_sampled_token_is_left_out(keep_zero_signal: bool) -> None:
+    groups = [scored_group([0.0, 1.0, 3.0], [2, 2, 2])]
+    groups[0].completions[2].is_sampled = [False, False]
+    (update,) = make_plan(keep_zero_signal=keep_zero_signal).updates(groups, 0, ALONE)
+    assert len(update.samples) == 2
+    for completion in groups[0].completions:
+        completion.is_sampled = [False, False]
+    with pytest.raises(ValueError, match="none of the 3 completions of an update holds a sampled token"):
+        make_plan(keep_zero_signal=keep_zero_signal).updates(groups, 0, ALONE)

@@ -85,7 +85,9 @@ class Plan:
                 num_processes=peers.count,
                 max_completion_length=self.max_completion_length,
             )
-            smallest = min(samples[part], key=lambda sample: len(sample.ids))
+            smallest = min((s for s in samples[part] if s.is_target.any()), key=lambda sample: len(sample.ids), default=None)
+            if smallest is None:
+                raise ValueError(f"none of the {part.stop - part.start} completions of an update holds a sampled token")
             updates.append(Update(kept or [smallest], denominators, idle=not kept))
         return updates
 
@@ -94,12 +96,10 @@ class Plan:
 
     def _pruned(self, sample: TrainingSample) -> TrainingSample | None:
         """As far as it has a gradient; None where it has none."""
-        if self.keep_zero_signal:
-            return sample
-        signal = sample.advantages.nonzero()
+        signal = (sample.is_target if self.keep_zero_signal else sample.advantages).nonzero()
         if not len(signal):
             return None
-        return sample if self.whole_completions else until(sample, int(signal[-1]) + 1)
+        return sample if self.keep_zero_signal or self.whole_completions else until(sample, int(signal[-1]) + 1)
 
 
 def assign_advantages(groups: list[Group], credit: Credit, weights: Sequence[float], peers: Peers) -> None:
