@@ -43,7 +43,8 @@ class Completion:
     text: str = ""
     """Decoded without special tokens."""
     rollout_logprobs: list[float | None] | None = None
-    """The engine's log-prob of each sampled id, in nats, from what it sampled from; None where it has none."""
+    """The engine's log-prob of each id that the model sampled (``is_sampled``), in nats, from what it sampled from; None
+    where it has none."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Score by reward name; NaN where a reward does not apply or its outcome leaves the completion out."""
     outcomes: dict[str, str] = field(default_factory=dict)

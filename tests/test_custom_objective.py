@@ -11,9 +11,11 @@ from grpo_hf import GRPOConfig
 from grpo_hf.algorithm.advantages import ADVANTAGES, leave_one_out
 from grpo_hf.algorithm.aggregation import AGGREGATIONS
 from grpo_hf.algorithm.losses import LOSSES
+from grpo_hf.algorithm.objective import grpo_objective
 from grpo_hf.algorithm.trial import trial_batch
 from grpo_hf.training.checkpoints import check_same_run, describe_run
 from grpo_hf.training.checks import checked_rewards
+from grpo_hf.training.guards import GuardError
 from grpo_hf.types import TokenBatch
 from tests.tiny import Gradients, relative_error, tiny_trainer
 
@@ -37,9 +39,11 @@ def unknown_option(batch, *, epsilom): ...
 def only_losses(batch): return -batch.logprobs
 def one_number(batch): return -batch.logprobs.sum(), {}
 def numbers_for_metrics(batch): return -batch.logprobs, {"mine": 3.0}
+def own_name(batch): return -batch.logprobs, {"loss": batch.entropy}
 def no_gradient(batch): return -batch.advantages * batch.old_logprobs, {}
 def rewards_only(rewards): ...
 def of_one_objective(scores, weights): return scores
+def transposed(scores, weights): return scores[..., 0].T
 number = 3
 """
 
@@ -84,6 +88,8 @@ def test_the_readmes(tmp_path: Path) -> None:
     # One correct and short, one correct and long, one wrong: 1 - 2/3 + 0.5 x 1, 1 - 2/3, 0 - 2/3.
     scores = torch.tensor([[[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]])
     torch.testing.assert_close(made.credit()(scores, torch.tensor([1.0, 0.5])), torch.tensor([[5 / 6, 1 / 3, -2 / 3]]))
+    missing = torch.cat([scores, torch.full((1, 1, 2), torch.nan)], dim=1)
+    torch.testing.assert_close(made.credit()(missing, torch.tensor([1.0, 0.5])), torch.tensor([[5 / 6, 1 / 3, -2 / 3, 0.0]]))
 
 
 NOT_A_LOSS = {
@@ -93,6 +99,7 @@ NOT_A_LOSS = {
     "only_losses": r"-> \(losses \[token\], metrics .*, and it returned a tensor of shape \[10\]",
     "one_number": r"for 10 tokens its losses are a tensor of shape \[\]; a loss is def loss",
     "numbers_for_metrics": "for 10 tokens its mine are a float; a loss is def loss",
+    "own_name": "its metric 'loss' is one that every run logs itself",
     "no_gradient": "its losses have no gradient",
     "number": "is not a function but 3",
     "los": r"has no attribute 'los' \(nearest: loss\)",
@@ -109,9 +116,12 @@ def test_what_is_no_credit_is_refused(custom: str) -> None:
     """One that makes something else of them when the number of rewards is known, before any weights are loaded."""
     with pytest.raises(ValueError, match=r"custom.py:rewards_only'.* credit is def credit.*; \(rewards\) takes 1 arguments"):
         config(advantage=f"{custom}:rewards_only")
-    message = r"of_one_objective': of scores \[2, 8, 2\] it made a tensor of shape \[2, 8, 2\]; credit is def credit"
+    message = r"of_one_objective': of scores \[9, 8, 2\] it made a tensor of shape \[9, 8, 2\]; credit is def credit"
     with pytest.raises(ValueError, match=message):
         checked_rewards(["exact_match", "format"], config(advantage=f"{custom}:of_one_objective"))
+    with pytest.raises(ValueError, match=r"transposed': of scores \[3, 2, 2\] it made a tensor of shape \[2, 3\]"):
+        two = {"num_generations": 2, "per_device_train_batch_size": 2}
+        checked_rewards(["exact_match", "format"], config(advantage=f"{custom}:transposed", **two))
 
 
 def test_a_loss_may_look_at_all_that_the_run_has(tmp_path: Path) -> None:
@@ -189,6 +199,34 @@ def test_a_loss_that_needs_no_advantage_is_given_every_token(tmp_path: Path) -> 
     assert all(any(bool(part.any()) for part in step.values()) for step in gradients.steps)
     _, without = trained(tmp_path, loss_type="dapo", advantage=nothing)
     assert not any(bool(part.any()) for step in without.steps for part in step.values())
+
+
+def above(entropy: float) -> Any:
+    return lambda batch: (-batch.advantages * batch.logprobs + (batch.entropy - entropy).relu(), {})
+
+
+def on_ratios_above(ratio: float) -> Any:
+    return lambda batch: (-batch.advantages * batch.logprobs + (batch.log_ratio.exp() - ratio).relu(), {})
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [above(2.0), above(3.0), above(10.0), on_ratios_above(1.5), on_ratios_above(100.0)],
+    ids=["entropy 2", "entropy 3", "entropy 10", "ratio 1.5", "ratio 100"],
+)
+def test_a_gradient_that_advantages_have_no_part_in_is_found_wherever_it_is(loss: Any) -> None:
+    assert grpo_objective(loss, "token_mean").needs_every_token
+
+
+def test_an_advantage_that_is_no_number_is_named(tmp_path: Path) -> None:
+    """The mean of a group in which a score is missing is NaN, and so is every advantage."""
+    (tmp_path / "mine.py").write_text("def credit(scores, weights): return scores[..., 0] - scores[..., 0].mean(-1, True)\n")
+
+    def reward(completions: list[str], **columns: Any) -> list[float | None]:
+        return [None if place == 0 else float(place) for place in range(len(completions))]
+
+    with pytest.raises(GuardError, match=r"tokens have an advantage that is not finite.*mine.py:credit.*nanmean"):
+        trained(tmp_path, advantage=f"{tmp_path}/mine.py:credit", reward=reward)
 
 
 def test_gdpo_hears_an_objective_that_a_larger_one_drowns(tmp_path: Path) -> None:

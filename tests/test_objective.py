@@ -78,6 +78,7 @@ def test_metrics_of_all_parts() -> None:
         "clip_ratio/region",
         "sampling/sampling_logp_difference",
         "sampling/kl",
+        "sampling/frac_without_logprobs",
     }
     assert metrics["entropy"].tolist() == [1.0, 1.0, 1.0]
     assert metrics["clip_ratio/high"].tolist() == [1.0, 0.0, 0.0]

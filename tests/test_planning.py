@@ -136,6 +136,36 @@ def test_tokens_that_tools_answered_are_in_no_denominator() -> None:
     assert (update.denominators.tokens, update.denominators.update_tokens, update.denominators.local_tokens) == (5, 5, 5)
 
 
+@pytest.mark.parametrize("options", [{}, {"keep_zero_signal": True}], ids=str)
+def test_a_completion_without_a_sampled_token_is_not_trained_on(options: dict[str, bool]) -> None:
+    """It counts among its group's rewards; in an update of such completions alone, another one is what is run idly."""
+    of_tools = scored([90, 91], 1.0, is_sampled=[False, False])
+    item = group([1], [of_tools, scored([], 1.0), scored([5, 6, 7], 0.0), scored([8, 9], 0.0)])
+    first, second = updates_of([item], updates_per_rollout=2, **options)
+    assert first.idle and [sample.ids for sample in first.samples] == [(1, 8, 9)]
+    assert [sample.ids for sample in second.samples] == [(1, 5, 6, 7), (1, 8, 9)]
+    assert second.samples[0].advantages.tolist() == [0, -0.5, -0.5, -0.5]
+    with pytest.raises(ValueError, match="no token of 1 completions was sampled by the model"):
+        updates_of([group([1], [of_tools])])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rollout_logprobs": [-1.0, -1.0]}, "3 ids, is_sampled for 3 of them, and 2 log-probs for the 3 that"),
+        (
+            {"rollout_logprobs": [-1.0] * 3, "is_sampled": [True, False, True]},
+            "3 ids, is_sampled for 3 of them, and 3 log-probs for the 2 that",
+        ),
+        ({"is_sampled": [True] * 4}, "3 ids, is_sampled for 4 of them"),
+    ],
+    ids=["log-probs missing", "log-probs of a tool's tokens", "is_sampled too long"],
+)
+def test_what_does_not_fit_a_completions_ids_is_an_error(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"completion 7 has {message}"):
+        sample_of([1], Completion([2, 3, 4], False, advantage=1.0, **fields), version=0, completion=7, group=0)
+
+
 def test_an_advantage_that_was_never_set_is_an_error() -> None:
     groups = [group([1], [Completion([2], truncated=False, advantage=0.0), Completion([3], truncated=False)])]
     with pytest.raises(ValueError, match="completion 1 has no advantage; assign_advantages compares it with its group"):
@@ -349,15 +379,3 @@ def test_a_process_that_gets_nothing_still_runs_something() -> None:
     updates = on_processes(lambda peers: updates_of([scored_group(rewards[peers.rank])], peers, balance=True)[0])
     assert sorted(update.idle for update in updates) == [False, True]
     assert all(update.samples for update in updates)
-
-
-@pytest.mark.parametrize("keep_zero_signal", [False, True])
-def test_a_completion_without_a_sampled_token_is_left_out(keep_zero_signal: bool) -> None:
-    groups = [scored_group([0.0, 1.0, 3.0], [2, 2, 2])]
-    groups[0].completions[2].is_sampled = [False, False]
-    (update,) = make_plan(keep_zero_signal=keep_zero_signal).updates(groups, 0, ALONE)
-    assert len(update.samples) == 2
-    for completion in groups[0].completions:
-        completion.is_sampled = [False, False]
-    with pytest.raises(ValueError, match="none of the 3 completions of an update holds a sampled token"):
-        make_plan(keep_zero_signal=keep_zero_signal).updates(groups, 0, ALONE)

@@ -12,7 +12,7 @@ from torch import Tensor
 from grpo_hf.algorithm.aggregation import AGGREGATIONS, Denominators, local_token_mean, update_mean
 from grpo_hf.algorithm.kl import KL_ESTIMATORS, kl_to_reference
 from grpo_hf.algorithm.losses import LEVELS, token_log_ratio
-from grpo_hf.algorithm.trial import gradient_of, one_token_each, trial_batch
+from grpo_hf.algorithm.trial import TRIAL_SCALES, gradient_of, one_token_each, trial_batch
 from grpo_hf.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -72,15 +72,17 @@ class Objective:
     @property
     def needs_every_token(self) -> bool:
         """Whether tokens with advantage 0 have a gradient too, as with a KL or entropy term; found by trying."""
-        batch = trial_batch()
-        return bool((gradient_of(self, replace(batch, advantages=0 * batch.advantages)) != 0).any())
+        batches = (trial_batch(scale) for scale in TRIAL_SCALES)
+        return any((gradient_of(self, replace(batch, advantages=0 * batch.advantages)) != 0).any() for batch in batches)
 
     @property
     def needs_whole_completions(self) -> bool:
         """Whether a token's gradient depends on its completion's other tokens, as with a ratio or an engine correction by
         sequence, so that they have to stay together; found by trying."""
-        batch = trial_batch()
-        return not gradient_of(self, batch).allclose(gradient_of(self, one_token_each(batch)), equal_nan=True)
+        batches = (trial_batch(scale) for scale in TRIAL_SCALES)
+        return not all(
+            gradient_of(self, batch).allclose(gradient_of(self, one_token_each(batch)), equal_nan=True) for batch in batches
+        )
 
     @property
     def needs_own_completions(self) -> bool:

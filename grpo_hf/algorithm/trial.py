@@ -18,24 +18,29 @@ if TYPE_CHECKING:
 
 LOSS_FORM = "a loss is def loss(batch: TokenBatch, *, epsilon=0.2) -> (losses [token], metrics {name: values [token]})"
 CREDIT_FORM = "credit is def credit(scores [prompts group objective], weights [objective]) -> advantages [prompts group]"
+OWN_METRICS = ("loss", "reward", "entropy", "kl")
+"""What the run logs itself, which a metric of that name would be mixed into, and which guards look at."""
+TRIAL_SCALES = (1.0, 0.2, 6.0)
+"""Of what is tried: with the last, ratios up to e^10 and entropies up to 13 nats, more than a vocabulary of 400,000 has."""
 TRIAL_DENOMINATORS = Denominators(10, 4, 10, num_processes=1, max_completion_length=4, update_tokens=10)
 
 
-def trial_batch() -> TokenBatch:
+def trial_batch(scale: float = 1.0) -> TokenBatch:
     """Ten tokens of four completions: ratios on both sides of 1, inside and outside the usual clips, under advantages of
-    both signs; engine weights that cancel over the second completion and over no other."""
-    logprobs = torch.tensor([-0.7, -1.1, -2.3, -0.4, -1.6, -0.9, -0.2, -3.1, -1.3, -0.6], requires_grad=True)
-    entropy = torch.tensor([1.1, 0.8, 1.9, 0.3, 1.2, 0.7, 0.4, 2.2, 1.5, 0.9], requires_grad=True)
-    constant = logprobs.detach()
+    both signs; engine weights that cancel over the second completion and over no other. ``scale`` times the entropies, the
+    log-probs and their differences."""
+    logprobs = scale * torch.tensor([-0.7, -1.1, -2.3, -0.4, -1.6, -0.9, -0.2, -3.1, -1.3, -0.6])
+    entropy = scale * torch.tensor([1.1, 0.8, 1.9, 0.3, 1.2, 0.7, 0.4, 2.2, 1.5, 0.9])
+    constant, logprobs, entropy = logprobs, logprobs.clone().requires_grad_(), entropy.requires_grad_()
     return TokenBatch(
         logprobs=logprobs,
         entropy=entropy,
         advantages=torch.tensor([1.3, -0.9, -0.9, 0.6, 0.6, 0.6, -1.4, -1.4, -1.4, -1.4]),
-        old_logprobs=constant - torch.tensor([-0.5, 0.6, 0.3, 0.5, -1.2, -0.1, 0.1, -0.9, 1.7, 0.05]),
+        old_logprobs=constant - scale * torch.tensor([-0.5, 0.6, 0.3, 0.5, -1.2, -0.1, 0.1, -0.9, 1.7, 0.05]),
         completion=torch.tensor([0, 1, 1, 2, 2, 2, 3, 3, 3, 3]),
         lengths=torch.tensor([1, 2, 3, 4]),
-        rollout_logprobs=constant - torch.tensor([-0.3, 1.3, -0.4, 0.3, -1.1, -0.2, 0.2, -0.7, 1.1, 0.1]),
-        ref_logprobs=constant + torch.tensor([0.2, -0.6, 0.9, -0.1, 0.4, 0.3, -1.2, 0.7, 0.5, -0.8]),
+        rollout_logprobs=constant - scale * torch.tensor([-0.3, 1.3, -0.4, 0.3, -1.1, -0.2, 0.2, -0.7, 1.1, 0.1]),
+        ref_logprobs=constant + scale * torch.tensor([0.2, -0.6, 0.9, -0.1, 0.4, 0.3, -1.2, 0.7, 0.5, -0.8]),
     )
 
 
@@ -81,6 +86,9 @@ def check_loss(loss: Callable[..., Any], batch: TokenBatch, what: str) -> None:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
         raise ValueError(f"{what}: {LOSS_FORM}, and it returned {_described(result)}")
     losses, metrics = result
+    for name in OWN_METRICS:
+        if name in metrics:
+            raise ValueError(f"{what}: its metric {name!r} is one that every run logs itself; give it another name")
     for name, values in {"losses": losses, **metrics}.items():
         if not isinstance(values, Tensor) or values.shape != batch.logprobs.shape:
             raise ValueError(f"{what}: for {len(batch.logprobs)} tokens its {name} are {_described(values)}; {LOSS_FORM}")
@@ -90,7 +98,7 @@ def check_loss(loss: Callable[..., Any], batch: TokenBatch, what: str) -> None:
 
 def check_credit(credit: Callable[..., Any], num_objectives: int, group: int, what: str) -> None:
     """Raises ValueError for credit that makes something else of scores than advantages [prompts group]."""
-    scores = torch.rand(2, group, num_objectives, generator=torch.Generator().manual_seed(0))
+    scores = torch.rand(group + 1, group, num_objectives, generator=torch.Generator().manual_seed(0))
     advantages = credit(scores, torch.ones(num_objectives))
     if not isinstance(advantages, Tensor) or advantages.shape != scores.shape[:2]:
         raise ValueError(f"{what}: of scores {list(scores.shape)} it made {_described(advantages)}; {CREDIT_FORM}")

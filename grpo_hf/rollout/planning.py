@@ -71,6 +71,10 @@ class Plan:
         of_updates = [sum(column) for column in zip(*(tokens for tokens, *_ in everyone), strict=True)]
         firsts = [sum(counts[place] for counts in everyone[: peers.rank]) for place in (2, 3)]
         samples = numbered_samples(groups, version, *firsts)
+        trainable = [sample for sample in samples if sample.completion_length]
+        if not trainable:
+            raise ValueError(f"no token of {count} completions was sampled by the model (is_sampled): nothing to train on")
+        smallest = min(trainable, key=lambda sample: len(sample.ids))
         updates = []
         for part, of_update, local in zip(parts, of_updates, tokens, strict=True):
             pairs = zip(completions[part], samples[part], strict=True)
@@ -85,21 +89,21 @@ class Plan:
                 num_processes=peers.count,
                 max_completion_length=self.max_completion_length,
             )
-            smallest = min((s for s in samples[part] if s.is_target.any()), key=lambda sample: len(sample.ids), default=None)
-            if smallest is None:
-                raise ValueError(f"none of the {part.stop - part.start} completions of an update holds a sampled token")
             updates.append(Update(kept or [smallest], denominators, idle=not kept))
         return updates
 
     def _counts(self, completion: Completion) -> bool:
-        return not (math.isnan(completion.reward) or (self.mask_truncated_completions and completion.truncated))
+        masked = self.mask_truncated_completions and completion.truncated
+        return num_sampled(completion) > 0 and not math.isnan(completion.reward) and not masked
 
     def _pruned(self, sample: TrainingSample) -> TrainingSample | None:
         """As far as it has a gradient; None where it has none."""
-        signal = (sample.is_target if self.keep_zero_signal else sample.advantages).nonzero()
+        if self.keep_zero_signal:
+            return sample
+        signal = sample.advantages.nonzero()
         if not len(signal):
             return None
-        return sample if self.keep_zero_signal or self.whole_completions else until(sample, int(signal[-1]) + 1)
+        return sample if self.whole_completions else until(sample, int(signal[-1]) + 1)
 
 
 def assign_advantages(groups: list[Group], credit: Credit, weights: Sequence[float], peers: Peers) -> None:
@@ -131,6 +135,11 @@ def sample_of(prompt: Sequence[int], item: Completion, version: int, *, completi
         raise ValueError(f"completion {completion} has no advantage; assign_advantages compares it with its group")
     is_target = torch.tensor([False] * len(prompt) + (item.is_sampled or [True] * len(item.ids)))
     logprobs = item.rollout_logprobs and [math.nan if value is None else value for value in item.rollout_logprobs]
+    if len(item.is_sampled or item.ids) != len(item.ids) or (logprobs and len(logprobs) != num_sampled(item)):
+        raise ValueError(
+            f"completion {completion} has {len(item.ids)} ids, is_sampled for {len(item.is_sampled or item.ids)} of them, "
+            f"and {len(logprobs or ())} log-probs for the {num_sampled(item)} that were sampled; give one for each"
+        )
     return TrainingSample(
         ids=(*prompt, *item.ids),
         is_target=is_target,
@@ -139,7 +148,7 @@ def sample_of(prompt: Sequence[int], item: Completion, version: int, *, completi
         group=group,
         completion_length=num_sampled(item),
         versions=torch.full((num_sampled(item),), version),
-        rollout_logprobs=None if logprobs is None else torch.tensor(logprobs, dtype=torch.float32),
+        rollout_logprobs=None if not logprobs else torch.tensor(logprobs, dtype=torch.float32),
     )
 
 

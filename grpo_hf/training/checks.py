@@ -152,7 +152,14 @@ def check_enough_prompts(prompts: PromptSet, args: GRPOConfig) -> None:
 def why_not_finite(model: nn.Module, args: GRPOConfig, report: StepReport | None = None) -> str:
     """Where a loss or gradient that is not finite comes from, and what to try."""
     bad = sum(int((~values.isfinite()).sum()) for values in (report.logprobs.values() if report else ()))
+    advantages = sum(int((~batch.advantages.isfinite()).sum()) for batch in (report.batches if report else ()))
     gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    if advantages:
+        return (
+            f"{advantages} tokens have an advantage that is not finite, which advantage={args.advantage_form!r} has made of "
+            "the scores in rollouts/*.parquet. A score that is missing is NaN, and makes NaN of a mean: leave it out with "
+            "nanmean and nan_to_num"
+        )
     return (
         f"not finite are {bad} log-probs, {_not_finite('weights', model.named_parameters())} and "
         f"{_not_finite('gradients', gradients)}. It has not reached the weights yet, and the checkpoints in "
