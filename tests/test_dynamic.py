@@ -6,6 +6,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from grpo_hf.algorithm.advantages import centered
 from grpo_hf.metrics import Metrics
 from grpo_hf.rewards.loading import choose
-from grpo_hf.rollout.dynamic import CURRICULA, Choice, History, Memory, chosen, skip_solved, solved_skipper
+from grpo_hf.rollout.dynamic import CURRICULA, Choice, History, Memory, chosen, skip_solved
 from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.planning import Plan
 from grpo_hf.rollout.prompts import PromptOrder, derived_seed
@@ -34,6 +35,9 @@ MIXED, FLAT, SOLVED = (0, 1, 0, 1), (0, 0, 0, 0), (1, 1, 1, 1)
 def right(completion: str) -> float:
     """w1 is a right answer."""
     return float(completion.split()[0] == "w1")
+
+
+SKIP_AT_ONCE = partial(skip_solved, after=1, revisit_after=1)
 
 
 class Run:
@@ -166,9 +170,7 @@ def test_a_skipped_prompt_is_the_same_on_one_and_two_processes() -> None:
     """A curriculum alone draws no more prompts, so the number of processes changes nothing."""
 
     def asked(peers: Peers) -> list[list[int]]:
-        run = Run(
-            lambda p: SOLVED if p % 3 else MIXED, prompts_per_rollout=4, peers=peers, curricula=(solved_skipper(1, 1),)
-        )
+        run = Run(lambda p: SOLVED if p % 3 else MIXED, prompts_per_rollout=4, peers=peers, curricula=(SKIP_AT_ONCE,))
         for _ in range(3):
             run.epoch()
         return run.engine.asked
@@ -196,7 +198,7 @@ def test_skipping_by_history(history: History, sampled: bool) -> None:
 
 def test_solved_prompts_are_skipped_and_revisited() -> None:
     """Prompt 5 is solved on two passes, skipped for three, looked at, and skipped again; refills never draw it meanwhile."""
-    run = Run(lambda prompt: SOLVED if prompt == 5 else MIXED, curricula=(solved_skipper(2, 3),))
+    run = Run(lambda prompt: SOLVED if prompt == 5 else MIXED, curricula=(partial(skip_solved, after=2, revisit_after=3),))
     visits = []
     for _ in range(9):
         before = len(run.engine.asked)
@@ -241,7 +243,7 @@ def test_resume_from_any_rollout(ahead: bool) -> None:
 
     def start() -> Run:
         answers = {0: SOLVED, 1: MIXED, 2: FLAT}
-        return Run(lambda prompt: answers[prompt % 3], dynamic_sampling=True, curricula=(solved_skipper(1, 1),))
+        return Run(lambda prompt: answers[prompt % 3], dynamic_sampling=True, curricula=(SKIP_AT_ONCE,))
 
     def rest(run: Run, first: int, count: int) -> list:
         states.append(pickle.dumps(run.stream.state_dict()))

@@ -9,6 +9,7 @@ import pytest
 
 from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.stream import Rollout, RolloutStream
+from grpo_hf.types import Prompt
 from tests.samples import even_words
 from tests.streams import STOP, FakeEngine, make_stream, shown
 
@@ -32,6 +33,12 @@ def run(stream: RolloutStream, count: int, *, start: int = 0, updates: int = 1, 
     ]
 
 
+def requests(stream: RolloutStream, index: int) -> tuple[list[Prompt], list[int]]:
+    """This process's prompts of a rollout, and a seed for each group."""
+    draw = stream.choice.first_round(stream.order, index, stream.memory, stream.peers.count)
+    return stream._requests(index, draw, draw.places[stream.peers.rank])
+
+
 def engine_of(stream: RolloutStream) -> FakeEngine:
     engine = stream.sampler.engine
     assert isinstance(engine, FakeEngine)
@@ -41,7 +48,7 @@ def engine_of(stream: RolloutStream) -> FakeEngine:
 def test_groups_are_scored_and_in_the_order_of_the_prompts() -> None:
     stream = stream_of()
     rollout = stream.make(0, version=0)
-    prompts, seeds = stream.draw(0)
+    prompts, seeds = requests(stream, 0)
     for group, prompt, seed in zip(rollout.groups, prompts, seeds, strict=True):
         assert group.prompt == prompt
         assert [completion.ids for completion in group.completions] == [answer(prompt.ids, seed, n) for n in range(4)]
@@ -76,8 +83,8 @@ def test_a_rollout_is_a_function_of_its_number() -> None:
 
 
 def test_two_processes_share_the_prompts_and_seeds_of_one() -> None:
-    prompts, seeds = stream_of().draw(2)
-    halves = [stream_of(peers=Peers(rank, 2, lambda item: [item])).draw(2) for rank in (0, 1)]
+    prompts, seeds = requests(stream_of(), 2)
+    halves = [requests(stream_of(peers=Peers(rank, 2, lambda item: [item])), 2) for rank in (0, 1)]
     assert [part for half in halves for part in half[0]] == prompts
     assert [part for half in halves for part in half[1]] == seeds
     assert len({seed + n for seed in seeds for n in range(4)}) == 8

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 from transformers.utils import logging
 
@@ -161,11 +160,6 @@ def pass_rate(group: Group, solved_reward: float) -> float:
 def chosen(groups: list[Group], share: int) -> list[Group]:
     """Informative groups first, in the order drawn; the others, whose gradient is 0, where those are too few."""
     return sorted(groups, key=lambda group: not is_informative(group))[:share]
-
-
-def solved_skipper(after: int, revisit_after: int) -> Curriculum:
-    """skip_solved with these settings."""
-    return partial(skip_solved, after=after, revisit_after=revisit_after)
 
 
 def _scored(group: Group) -> list[Completion]:

@@ -198,11 +198,6 @@ class RolloutStream:
             groups, tallies = groups + more, [*tallies, tally]
         return groups, chosen(groups, share), tallies
 
-    def draw(self, index: int) -> tuple[list[Prompt], list[int]]:
-        """This process's prompts of a rollout, and a seed for each group that does not depend on the processes."""
-        draw = self.choice.first_round(self.order, index, self.memory, self.peers.count)
-        return self._requests(index, draw, draw.places[self.peers.rank])
-
     def _learn(self, index: int, draw: Draw, groups: list[Group]) -> None:
         """What the groups have shown of their prompts; nothing where nothing is chosen by it."""
         if self.choice.dynamic_sampling or self.choice.curricula:

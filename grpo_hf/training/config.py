@@ -20,7 +20,7 @@ from grpo_hf.algorithm.objective import Objective, grpo_objective
 from grpo_hf.algorithm.trial import options_of
 from grpo_hf.rewards.loading import choose
 from grpo_hf.rewards.settings import DEFAULT_POLICY, RewardSettings
-from grpo_hf.rollout.dynamic import CURRICULA, Choice, solved_skipper
+from grpo_hf.rollout.dynamic import CURRICULA, Choice, skip_solved
 from grpo_hf.rollout.weight_sync import LORA_SYNCS
 from grpo_hf.training.config_checks import check_config
 from grpo_hf.training.guards import ACTIONS, GUARDS, Guard, chosen_guards
@@ -306,9 +306,10 @@ class GRPOConfig(TrainingArguments):
 
     def choice(self) -> Choice:
         """How prompts are chosen; raises ValueError for an unknown curriculum."""
-        skipper = [solved_skipper(self.skip_solved_after, self.revisit_after)] if self.skip_solved_after else []
+        skipper = partial(skip_solved, after=self.skip_solved_after, revisit_after=self.revisit_after)
+        skippers = [skipper] if self.skip_solved_after else []
         other = [choose("curriculum", self.curriculum, CURRICULA)] if self.curriculum is not None else []
-        return Choice(self.dynamic_sampling, self.dynamic_sampling_max_rounds, (*skipper, *other), self.solved_reward)
+        return Choice(self.dynamic_sampling, self.dynamic_sampling_max_rounds, (*skippers, *other), self.solved_reward)
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
