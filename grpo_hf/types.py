@@ -110,7 +110,7 @@ class TrainingSample:
     rollout_logprobs: Float[Tensor, " target"] | None = None
     """The engine's log-prob of each target, in nats; NaN where it gave none, None where it gave none at all."""
     old_logprobs: Float[Tensor, " target"] | None = None
-    """The trainer's under the weights that sampled; None while these are the current ones."""
+    """The trainer's before the rollout's first update; None in that update, which takes its own."""
     ref_logprobs: Float[Tensor, " target"] | None = None
     """The reference model's; None without a KL term."""
 

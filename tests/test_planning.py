@@ -98,7 +98,7 @@ def test_credit_is_handed_every_score_and_the_weights() -> None:
     assign_advantages([item], credit, [0.5, 2.0], ALONE)
     ((scores, weights),) = seen
     nan = math.nan
-    torch.testing.assert_close(scores, torch.tensor([[[1.0, 10.0], [2.0, nan], [nan, nan]]]), equal_nan=True)
+    torch.testing.assert_close(scores, torch.tensor([[[1.0, 10.0], [2.0, nan], [nan, nan]]]).double(), equal_nan=True)
     assert weights.tolist() == [0.5, 2.0]
     assert advantages([item]) == [11.0, 2.0, 0.0]
 
@@ -379,3 +379,27 @@ def test_a_process_that_gets_nothing_still_runs_something() -> None:
     updates = on_processes(lambda peers: updates_of([scored_group(rewards[peers.rank])], peers, balance=True)[0])
     assert sorted(update.idle for update in updates) == [False, True]
     assert all(update.samples for update in updates)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_an_update_holds_the_same_completions_however_many_processes_share_it(count: int) -> None:
+    """Four groups in two updates: each process has sampled its groups, and trains on a share of every update."""
+    rewards = [[0.0, 1.0, 3.0], [2.0, 0.0, 1.0], [5.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    groups = [scored_group(row, [1 + place, 2, 3]) for place, row in enumerate(rewards)]
+    plan = make_plan(updates_per_rollout=2, balance=True)
+
+    def held(updates: list[Update]) -> list[list[tuple[int, float]]]:
+        return [
+            sorted((s.completion, s.advantages.sum().item()) for s in update.samples if not update.idle)
+            for update in updates
+        ]
+
+    alone = plan.updates(groups, 0, ALONE)
+    share = len(groups) // count
+    everyone = on_processes(lambda peers: plan.updates(groups[peers.rank * share :][:share], 0, peers), count)
+    shared = zip(*map(held, everyone), strict=True)
+    assert [sorted(item for part in parts for item in part) for parts in shared] == held(alone)
+    for updates in everyone:
+        for mine, whole in zip(updates, alone, strict=True):
+            assert mine.denominators.update_tokens == whole.denominators.update_tokens
+            assert mine.denominators.sequences == whole.denominators.sequences

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Denominators:
-    """Counts for one update; a token or completion counts unless it has no reward or is masked."""
+    """Counts for one update: a token unless its completion has no reward or is masked, a completion unless it has none."""
 
     tokens: float
     """Completion tokens of the rollout over its updates, over all processes: what TRL's dapo divides by."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from grpo_hf.packing.tree import Ids, Run, cut, size, token_runs, without_short_runs
+from grpo_hf.packing.tree import Ids, Run, cut, token_runs, without_short_runs
 from grpo_hf.types import Node, PackedBatch, TokenTree, TrainingSample
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def inputs_of(sample: TrainingSample) -> Ids:
 
 def num_tokens(samples: Iterable[TrainingSample]) -> int:
     """Tokens of the samples' tree."""
-    return size(token_runs([inputs_of(sample) for sample in samples]))
+    return sum(map(len, token_runs([inputs_of(sample) for sample in samples])))
 
 
 def packed_batch(
@@ -86,7 +86,7 @@ def packed_batch(
     sequences = [inputs_of(samples[number]) for number in members]
     runs = token_runs(sequences)
     repeated = without_short_runs(runs, LEAST_SAVED)
-    if budget is None or size(repeated) <= budget:
+    if budget is None or sum(map(len, repeated)) <= budget:
         runs = repeated
     nodes, places = lay_out(runs)
     ids = torch.tensor([token for run in runs for token in sequences[run.sequence][run.start : run.stop]])

@@ -53,11 +53,6 @@ def token_runs(sequences: Sequence[Ids]) -> list[Run]:
     return runs
 
 
-def size(runs: Sequence[Run]) -> int:
-    """Tokens of a tree."""
-    return sum(map(len, runs))
-
-
 def without_short_runs(runs: Sequence[Run], least_saved: int) -> list[Run]:
     """The same sequences; a run that saves fewer than ``least_saved`` tokens is repeated before each that follows it."""
     children: dict[int, list[int]] = defaultdict(list)

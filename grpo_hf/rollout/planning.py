@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,8 +64,11 @@ class Plan:
         assign_advantages(groups, self.credit, self.reward_weights, peers)
         completions = [item for group in groups for item in group.completions]
         count, cuts = len(completions), self.updates_per_rollout
-        # In order, into equal parts; a cut may run through a group.
-        parts = [slice(part * count // cuts, (part + 1) * count // cuts) for part in range(cuts)]
+        # In order, into equal parts; a cut may run through a group. Where processes share the work, the order is that of all
+        # completions, so that an update holds the same ones however many processes there are.
+        first, total = (peers.rank * count, peers.count * count) if self.balance else (0, count)
+        ends = [min(max(part * total // cuts - first, 0), count) for part in range(cuts + 1)]
+        parts = [slice(start, end) for start, end in pairwise(ends)]
         tokens = [sum(num_sampled(item) for item in completions[part] if self._counts(item)) for part in parts]
         sequences = sum(not math.isnan(item.reward) for item in completions)
         everyone = peers.gather((tokens, sequences, count, len(groups)))
@@ -109,8 +113,10 @@ class Plan:
 def assign_advantages(groups: list[Group], credit: Credit, weights: Sequence[float], peers: Peers) -> None:
     """Set `completion.advantage` from the scores of all processes, each of which holds as many groups; 0 without reward."""
     everyone = peers.gather([[scores_of(completion) for completion in group.completions] for group in groups])
-    scores: Float[Tensor, "prompts group objective"] = torch.tensor([row for part in everyone for row in part])
-    advantages = credit(scores, torch.tensor(weights))
+    # As exact as `completion.reward`, by which dynamic sampling tells groups without signal.
+    rows = [row for part in everyone for row in part]
+    scores: Float[Tensor, "prompts group objective"] = torch.tensor(rows, dtype=torch.float64)
+    advantages = credit(scores, torch.tensor(weights, dtype=torch.float64))
     for group, row in zip(groups, advantages[peers.rank * len(groups) :].tolist(), strict=False):
         for completion, advantage in zip(group.completions, row, strict=True):
             completion.advantage = advantage

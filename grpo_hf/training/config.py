@@ -306,10 +306,9 @@ class GRPOConfig(TrainingArguments):
 
     def choice(self) -> Choice:
         """How prompts are chosen; raises ValueError for an unknown curriculum."""
-        skipper = partial(skip_solved, after=self.skip_solved_after, revisit_after=self.revisit_after)
-        skippers = [skipper] if self.skip_solved_after else []
+        skip = [partial(skip_solved, after=n, revisit_after=self.revisit_after)] if (n := self.skip_solved_after) else []
         other = [choose("curriculum", self.curriculum, CURRICULA)] if self.curriculum is not None else []
-        return Choice(self.dynamic_sampling, self.dynamic_sampling_max_rounds, (*skippers, *other), self.solved_reward)
+        return Choice(self.dynamic_sampling, self.dynamic_sampling_max_rounds, (*skip, *other), self.solved_reward)
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
