@@ -64,8 +64,7 @@ class Plan:
         assign_advantages(groups, self.credit, self.reward_weights, peers)
         completions = [item for group in groups for item in group.completions]
         count, cuts = len(completions), self.updates_per_rollout
-        # In order, into equal parts; a cut may run through a group. Where processes share the work, the order is that of all
-        # completions, so that an update holds the same ones however many processes there are.
+        # In order, of all processes where they share the work, into equal parts; a cut may run through a group.
         first, total = (peers.rank * count, peers.count * count) if self.balance else (0, count)
         ends = [min(max(part * total // cuts - first, 0), count) for part in range(cuts + 1)]
         parts = [slice(start, end) for start, end in pairwise(ends)]
@@ -113,7 +112,6 @@ class Plan:
 def assign_advantages(groups: list[Group], credit: Credit, weights: Sequence[float], peers: Peers) -> None:
     """Set `completion.advantage` from the scores of all processes, each of which holds as many groups; 0 without reward."""
     everyone = peers.gather([[scores_of(completion) for completion in group.completions] for group in groups])
-    # As exact as `completion.reward`, by which dynamic sampling tells groups without signal.
     rows = [row for part in everyone for row in part]
     scores: Float[Tensor, "prompts group objective"] = torch.tensor(rows, dtype=torch.float64)
     advantages = credit(scores, torch.tensor(weights, dtype=torch.float64))
