@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reward_fns.code import code
+from grpo_hf.reward_fns.code import code
 
 
 def share(program: str, tests: Any, **options: Any) -> float:

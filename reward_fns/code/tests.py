@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from grpo_hf.reward_fns.code.preamble import LIBRARY_CLASSES
 from grpo_hf.rewards.outcomes import BadGoldError
-from reward_fns.code.preamble import LIBRARY_CLASSES
 
 FORMS = (
     "text with asserts, a list of such texts, a list of {'input': ..., 'output': ...}, {'inputs': [...], 'outputs': [...]}"
