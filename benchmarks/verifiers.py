@@ -33,10 +33,10 @@ from typing import Any, NamedTuple
 import math_verify
 
 from benchmarks.near_misses import made, solutions
+from grpo_hf.reward_fns.gsm8k import gsm8k
+from grpo_hf.reward_fns.math import math
+from grpo_hf.reward_fns.math.find import find_answer
 from grpo_hf.rewards.outcomes import BadGoldError
-from reward_fns.gsm8k import gsm8k
-from reward_fns.math import math
-from reward_fns.math.find import find_answer
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from grpo_hf.reward_fns.marks import MARKER, last_boxed, last_tagged, scoped
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.marks import MARKER, last_boxed, last_tagged, scoped
 
 _MAX_CHARACTERS = 300  # six numbers take fifty; a longer text would only cost time
 _FRACTION = re.compile(r"\\[dt]?frac ?\{([^{}]*)\}\{([^{}]*)\}")

@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 
+from grpo_hf.reward_fns.marks import MARKER, last_boxed, last_tagged, scoped
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.marks import MARKER, last_boxed, last_tagged, scoped
 
 _MAX_DIGITS = 100  # a longer number is no answer; parsing it would only cost time
 

@@ -11,9 +11,9 @@ from jsonschema.validators import validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
+from grpo_hf.reward_fns.marks import scoped
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.marks import scoped
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*$", re.MULTILINE)
 _MAX_DEPTH = 50  # what lies deeper would exhaust Python's stack in the validator, and so look like an error of the schema

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from grpo_hf.reward_fns.marks import last_boxed, last_tagged, scoped, without_markup
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.marks import last_boxed, last_tagged, scoped, without_markup
 
 _MAX_COMPLETION = 20_000
 _MAX_SENTENCE = 300

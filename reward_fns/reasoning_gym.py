@@ -9,10 +9,10 @@ import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from grpo_hf.reward_fns.marks import last_tagged, scoped
 from grpo_hf.rewards.loading import nearest
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.marks import last_tagged, scoped
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,9 +6,9 @@ import re
 from collections import deque
 from typing import Any
 
+from grpo_hf.reward_fns.marks import answer_part
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.marks import answer_part
 
 
 def compiled(pattern: Any) -> re.Pattern[str]:

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
+from grpo_hf.reward_fns.marks import scoped
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.marks import scoped
 
 _INTEGER = re.compile(r"(?<![0-9])-?[0-9]+")
 _MAX_CHARACTERS = 100  # a longer integer is cut, so that no completion can make int() slow or fail

@@ -13,12 +13,12 @@ import pytest
 
 from grpo_hf.isolation import sandbox
 from grpo_hf.isolation.sandbox import Sandbox, examine
+from grpo_hf.reward_fns import code as code_module
+from grpo_hf.reward_fns.code import code, find_program, preamble
+from grpo_hf.reward_fns.code import tests as code_tests
+from grpo_hf.reward_fns.code.tests import Asserts, Pairs, parse_tests
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, NoAnswer
 from grpo_hf.rewards.registry import get_reward
-from reward_fns import code as code_module
-from reward_fns.code import code, find_program, preamble
-from reward_fns.code import tests as code_tests
-from reward_fns.code.tests import Asserts, Pairs, parse_tests
 
 SQUARE = "```python\ndef square(x):\n    return x * x\n```"
 SQUARE_INPUT = "```python\nprint(int(input()) ** 2)\n```"

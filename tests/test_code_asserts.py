@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reward_fns.code import code
+from grpo_hf.reward_fns.code import code
 
 
 def share(program: str, tests: Any, **options: Any) -> float:
@@ -454,6 +454,39 @@ except KeyError: pass
 }
 
 
+HONEST |= {
+    "generator that is sent values": (
+        "def g():\n    x = yield 1\n    yield x",
+        "it = g()\nnext(it)\nassert it.send(5) == 5\ntry:\n    it.send(6)\n    assert False\nexcept StopIteration: pass",
+    ),
+    "context manager that swallows": (
+        "class C:\n    def __enter__(s): return s\n    def __exit__(s, *a): return True\n    def get(s): return 1",
+        "with C():\n    raise ValueError\nwith C() as c:\n    assert c.get() == 1",
+    ),
+    "with, left in the middle": (
+        "class C:\n    def __enter__(s): return s\n    def __exit__(s, *a): return False\n    def get(s): return 1",
+        """
+def test():
+    for i in range(3):
+        with C() as c:
+            assert c.get() == 1
+            if i == 1: continue
+            if i == 2: return
+""",
+    ),
+    "assert where an exception is meant": (
+        "def f(x): raise ValueError",
+        """
+import unittest
+class Test(unittest.TestCase):
+    def test(self):
+        with self.assertRaises(ValueError):
+            assert f(1) == 1
+""",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", HONEST)
 def test_a_right_program_passes(name: str) -> None:
     assert share(*HONEST[name]) == 1.0
@@ -720,6 +753,46 @@ def f(x): return 0
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_nothing_that_a_program_defines_passes(cheat: str) -> None:
     assert share(CHEATS[cheat], TESTS, timeout=1.0) == 0.0
+
+
+# Programs, and tests of other forms that they do not pass; a third text is the entry point.
+SHADOWED = {
+    "built-in, HumanEval": (
+        "def f(x): return 0\nabs = lambda x: 0",
+        "def check(candidate):\n    assert abs(candidate(2) - 4) < 1e-6",
+        "f",
+    ),
+    "built-in, import": ("def f(x): return 0\nabs = lambda x: 0", "from solution import f\nassert abs(f(2) - 4) < 1e-6"),
+    "built-in, unittest": (
+        "def f(x): return 0\nall = lambda x: True",
+        """
+import unittest, solution
+class Test(unittest.TestCase):
+    def test(self): self.assertTrue(all(solution.f(x) == x * x for x in (2, 3)))
+""",
+    ),
+    "two built-ins": ("def sum(a, b): return 0\nabs = lambda x: 0", "assert abs(sum(1, 2) - 3) < 1e-6"),
+    "StopIteration": ("def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == x * x, (2, 3)))"),
+    "swallows AssertionError": (
+        "class C:\n    def __enter__(s): return s\n    def __exit__(s, *a): return True\n    def get(s): return 0",
+        "with C() as c:\n    assert c.get() == 1",
+    ),
+    "swallows TypeError": (
+        "class C:\n    def __enter__(s): return s\n    def __exit__(s, *a): return True\n    def get(s): return 0",
+        """
+import unittest
+class Test(unittest.TestCase):
+    def test(self):
+        with C() as c: self.assertEqual(c.get()[0], 1)
+""",
+    ),
+}
+
+
+@pytest.mark.parametrize("cheat", SHADOWED)
+def test_nor_in_tests_of_other_forms(cheat: str) -> None:
+    program, tests, *entry_point = SHADOWED[cheat]
+    assert code(f"```python\n{program}\n```", tests, *entry_point) == 0.0
 
 
 def test_and_the_right_value_passes_them_all() -> None:

@@ -24,7 +24,7 @@ SCRIPT = """
 import json, os, resource, subprocess, sys, tempfile
 from pathlib import Path
 from grpo_hf.isolation import sandbox, walls
-from reward_fns.code import code
+from grpo_hf.reward_fns.code import code
 task = json.loads(sys.argv[1])
 sandbox._parts()
 python = sys.base_prefix

@@ -14,7 +14,7 @@ LOADS = {
     "grpo_hf.types": (),
     "grpo_hf.packing.tree": (),
     "grpo_hf.rewards": (),
-    "reward_fns.math, reward_fns.code, reward_fns.sorting": (),
+    "grpo_hf.reward_fns.math, grpo_hf.reward_fns.code, grpo_hf.reward_fns.sorting": (),
     "grpo_hf.algorithm.objective, grpo_hf.algorithm.advantages, grpo_hf.packing.layout": ("torch",),
 }
 """Modules, and which of HEAVY they may load: a worker that verifies waits for no tensor library."""

@@ -18,11 +18,11 @@ import pytest
 from math_verify import grader
 
 from benchmarks.near_misses import made, solutions
+from grpo_hf.reward_fns.gsm8k import gold_number, gsm8k
+from grpo_hf.reward_fns.math import math, parse_gold
+from grpo_hf.reward_fns.math import sympy as math_sympy
 from grpo_hf.rewards import get_reward
 from grpo_hf.rewards.outcomes import BadGoldError, NoAnswer
-from reward_fns.gsm8k import gold_number, gsm8k
-from reward_fns.math import math, parse_gold
-from reward_fns.math import sympy as math_sympy
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "data" / "math_pairs.jsonl").open(encoding="utf-8")]
 GSM8K_FILES = sorted((Path(__file__).parents[2] / "shared" / "gsm8k").glob("*.jsonl"))
@@ -37,7 +37,7 @@ KNOWN_MISSES = {
 
 @pytest.mark.parametrize("name", ["math", "math.find", "math.forms", "math.sympy", "math.text", "math.units"])
 def test_the_docstring_examples(name):
-    results = doctest.testmod(importlib.import_module(f"reward_fns.{name}"))
+    results = doctest.testmod(importlib.import_module(f"grpo_hf.reward_fns.{name}"))
     assert results.attempted > 0 and results.failed == 0
 
 

@@ -12,12 +12,12 @@ import pytest
 
 pytest.importorskip("reasoning_gym")
 
+from grpo_hf.reward_fns.reasoning_gym import reasoning_gym, reasoning_gym_data
 from grpo_hf.rewards.outcomes import BadGoldError, NoAnswer
-from reward_fns.reasoning_gym import reasoning_gym, reasoning_gym_data
 
 
 def test_the_docstring_examples():
-    results = doctest.testmod(importlib.import_module("reward_fns.reasoning_gym"))
+    results = doctest.testmod(importlib.import_module("grpo_hf.reward_fns.reasoning_gym"))
     assert results.attempted > 0 and results.failed == 0
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo_hf.rewards.outcomes import NoAnswer
-from reward_fns.exact_match import exact_match
-from reward_fns.format import format
-from reward_fns.gsm8k import completion_number, gold_number, gsm8k, last_boxed, parse_number
-from reward_fns.sorting import (
+from grpo_hf.reward_fns.exact_match import exact_match
+from grpo_hf.reward_fns.format import format
+from grpo_hf.reward_fns.gsm8k import completion_number, gold_number, gsm8k, last_boxed, parse_number
+from grpo_hf.reward_fns.sorting import (
     distance,
     inclusion_ordering,
     parse_integers,
@@ -23,13 +22,14 @@ from reward_fns.sorting import (
     sort_inclusion_ordering,
     sorting,
 )
+from grpo_hf.rewards.outcomes import NoAnswer
 
 GSM8K_FILES = sorted((Path(__file__).parents[2] / "shared" / "gsm8k").glob("*.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["exact_match", "format", "gsm8k", "marks", "sorting"])
 def test_the_docstring_examples(name):
-    results = doctest.testmod(importlib.import_module(f"reward_fns.{name}"))
+    results = doctest.testmod(importlib.import_module(f"grpo_hf.reward_fns.{name}"))
     assert results.attempted > 0 and results.failed == 0
 
 

@@ -270,6 +270,18 @@ def test_async_calls_run_concurrently_up_to_a_limit_and_each_has_the_deadline() 
     assert groups[0].completions[-1].reward == 0.0
 
 
+def test_an_async_call_that_exits_ends_no_other_call() -> None:
+    async def f(completion: str) -> float:
+        if completion == "exit":
+            raise SystemExit(3)
+        await asyncio.sleep(0.1)
+        return 1.0
+
+    tally, _ = settle(f, [group("Q", ["a", "exit", "a"])], settings=RewardSettings(timeout=5.0, max_fault_share=1.0))
+    assert tally["f"].outcomes == {"scored": 2, "error": 1}
+    assert "SystemExit(3)" in tally["f"].offenders["error"][0].verdict.message
+
+
 def test_an_async_call_that_blocks_the_loop_does_not_hang_the_run() -> None:
     async def f(completion: str) -> float:
         if completion == "block":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
+import subprocess
 import sys
 
 import pytest
@@ -76,7 +79,7 @@ def test_a_reload_replaces_the_function():
 
 
 def test_a_name_of_an_entry_point_is_taken_before_it_is_loaded():
-    with pytest.raises(ValueError, match=r"taken by reward_fns\.gsm8k:gsm8k; .*mine needs another"):
+    with pytest.raises(ValueError, match=r"taken by grpo_hf\.reward_fns\.gsm8k:gsm8k; .*mine needs another"):
 
         @register_reward("gsm8k")
         def mine(completion): ...
@@ -145,11 +148,11 @@ def test_a_reward_is_its_own_spec_and_other_things_are_refused():
 
 
 def test_entry_points_ship_the_verifiers_and_load_lazily(monkeypatch):
-    monkeypatch.delitem(sys.modules, "reward_fns.exact_match", raising=False)
+    monkeypatch.delitem(sys.modules, "grpo_hf.reward_fns.exact_match", raising=False)
     assert set(SHIPPED) <= set(known_rewards())
-    assert "reward_fns.exact_match" not in sys.modules
+    assert "grpo_hf.reward_fns.exact_match" not in sys.modules
     assert get_reward("exact_match").function("4", "4") == 1.0
-    assert "reward_fns.exact_match" in sys.modules
+    assert "grpo_hf.reward_fns.exact_match" in sys.modules
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -157,6 +160,20 @@ def test_each_shipped_verifier_is_found_and_called_by_its_name(name):
     reward = get_reward({"name": name, **SHIPPED[name]})
     assert (reward.name, reward.per_sample, reward.is_async) == (name, True, False)
     assert reward.function.__doc__ or SHIPPED[name]
+
+
+def test_a_folder_reward_fns_beside_a_script_hides_no_shipped_verifier(tmp_path):
+    """Neither from the script nor from the workers, which inherit its Python path."""
+    (tmp_path / "reward_fns").mkdir()
+    for name in ("__init__", "gsm8k", "marks", "code"):
+        (tmp_path / "reward_fns" / f"{name}.py").write_text(f"raise ImportError('the user's own {name}')\n")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"completion": "#### 4", "answer": "#### 4"}) + "\n")
+    (tmp_path / "script.py").write_text(
+        "from grpo_hf.cli import main\nif __name__ == '__main__':\n    main('verify data.jsonl --reward gsm8k'.split())\n"
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^gsm8k +1 .* 1\.000 ", done.stdout, re.MULTILINE), done.stdout
 
 
 def install(folder, package, value, body="def shout(completion):\n    return float(completion.isupper())\n"):
@@ -185,7 +202,7 @@ def test_two_packages_with_one_name(tmp_path, monkeypatch):
 
 
 def test_module_and_function():
-    assert get_reward("reward_fns.sorting:sort_distance").function("1 2", [2, 1]) == 2.0
+    assert get_reward("grpo_hf.reward_fns.sorting:sort_distance").function("1 2", [2, 1]) == 2.0
 
 
 def test_file_and_function_loaded_once(tmp_path):
@@ -216,9 +233,9 @@ def test_a_file_that_fails_is_not_kept(tmp_path):
     [
         ("no/such/file.py:f", r"there is no file .*no/such/file\.py"),
         ("no_such_package.part:f", "there is no module 'no_such_package'"),
-        ("reward_fns.no_such_part:f", r"there is no module 'reward_fns\.no_such_part'"),
-        ("reward_fns.sorting:sort_distanc", r"has no attribute 'sort_distanc' \(nearest: sort_distance\)"),
-        ("reward_fns.sorting:_INTEGER", "is not a function but"),
+        ("grpo_hf.reward_fns.no_such_part:f", r"there is no module 'grpo_hf\.reward_fns\.no_such_part'"),
+        ("grpo_hf.reward_fns.sorting:sort_distanc", r"has no attribute 'sort_distanc' \(nearest: sort_distance\)"),
+        ("grpo_hf.reward_fns.sorting:_INTEGER", "is not a function but"),
         ("reward_fns/sorting.py", r"names a file but no function; write reward_fns/sorting\.py:function"),
     ],
 )

@@ -19,7 +19,7 @@ import pytest
 from grpo_hf.isolation import job, sandbox
 from grpo_hf.isolation.job import make_job
 from grpo_hf.isolation.sandbox import Limits, Result, Sandbox, examine
-from reward_fns.code import code
+from grpo_hf.reward_fns.code import code
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 1.0

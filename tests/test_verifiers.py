@@ -14,18 +14,18 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
+from grpo_hf.reward_fns.countdown import countdown
+from grpo_hf.reward_fns.format import format
+from grpo_hf.reward_fns.json_schema import json_schema
+from grpo_hf.reward_fns.length import cosine_length, soft_overlong
+from grpo_hf.reward_fns.marks import last_tagged
+from grpo_hf.reward_fns.math import math
+from grpo_hf.reward_fns.multiple_choice import gold_choice, multiple_choice
+from grpo_hf.reward_fns.regex import regex
+from grpo_hf.reward_fns.repetition import repetition
 from grpo_hf.rewards import get_reward
 from grpo_hf.rewards.loading import load_function
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, NoAnswer
-from reward_fns.countdown import countdown
-from reward_fns.format import format
-from reward_fns.json_schema import json_schema
-from reward_fns.length import cosine_length, soft_overlong
-from reward_fns.marks import last_tagged
-from reward_fns.math import math
-from reward_fns.multiple_choice import gold_choice, multiple_choice
-from reward_fns.regex import regex
-from reward_fns.repetition import repetition
 
 N = NO_ANSWER
 LONG = 100_000
@@ -39,7 +39,7 @@ def is_scored(score: float, expected: float) -> bool:
 
 @pytest.mark.parametrize("name", ["countdown", "format", "json_schema", "length", "multiple_choice", "regex", "repetition"])
 def test_the_docstring_examples(name):
-    results = doctest.testmod(importlib.import_module(f"reward_fns.{name}"))
+    results = doctest.testmod(importlib.import_module(f"grpo_hf.reward_fns.{name}"))
     assert results.attempted > 0 and results.failed == 0
 
 

@@ -61,11 +61,19 @@ class _Program(wire.Link):
     def __init__(self) -> None:
         super().__init__((_ASKED, _ANSWERED), self._answer, _is_ours, trusts=False)
         self.shown = 0
+        self.steps: list[Any] = []
 
     def ask(self, verb: str, *arguments: Any, **options: Any) -> Any:
-        """Have the program do something."""
+        """Have the program do something; StopIteration, which ends a `map` of the test's, comes from iterators alone."""
         try:
-            return super().ask(verb, *arguments, **options)
+            value = super().ask(verb, *arguments, **options)
+            if verb == "getattr" and arguments[1] in ("send", "throw", "__next__"):
+                self.steps.append(value)
+            return value
+        except StopIteration as error:
+            if arguments[0] == "__next__" or any(arguments[0] is step for step in self.steps):
+                raise
+            raise RuntimeError("the program raised StopIteration") from error
         except wire.LinkError as error:  # which no `except` of a test gets to see
             print(error, file=sys.__stderr__, flush=True)
             os._exit(1)

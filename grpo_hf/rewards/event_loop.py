@@ -78,7 +78,10 @@ class EventLoop:
 
 
 async def _awaited(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    return await call()
+    try:
+        return await call()
+    except (SystemExit, KeyboardInterrupt) as error:  # which would end the loop, and every other call with it
+        raise RuntimeError(f"it raised {error!r}") from error
 
 
 def _late(what: str, timeout: float, share: int) -> Verdict:

@@ -18,9 +18,9 @@ from grpo_hf.algorithm.aggregation import Denominators
 from grpo_hf.algorithm.logits import entropy
 from grpo_hf.algorithm.losses import LOSSES
 from grpo_hf.algorithm.objective import Objective, grpo_objective
+from grpo_hf.reward_fns.sorting import distance, inclusion_ordering
 from grpo_hf.toy.model import SortingModel, response_logprobs, sample, side_by_side
 from grpo_hf.types import TokenBatch
-from reward_fns.sorting import distance, inclusion_ordering
 
 REWARDS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
     "inclusion_ordering": inclusion_ordering,

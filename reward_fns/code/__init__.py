@@ -10,11 +10,11 @@ from collections.abc import Collection
 from typing import Any
 
 from grpo_hf.isolation.sandbox import Isolation, Limits, Sandbox, examine
+from grpo_hf.reward_fns.code.preamble import LEETCODE, imported_names
+from grpo_hf.reward_fns.code.tests import Asserts, Pairs, parse_tests
+from grpo_hf.reward_fns.marks import scoped
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.code.preamble import LEETCODE, imported_names
-from reward_fns.code.tests import Asserts, Pairs, parse_tests
-from reward_fns.marks import scoped
 
 
 @register_reward

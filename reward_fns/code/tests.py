@@ -6,14 +6,15 @@ import ast
 import builtins
 import json
 import marshal
+import re
 import symtable
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from grpo_hf.reward_fns.code.preamble import LIBRARY_CLASSES
 from grpo_hf.rewards.outcomes import BadGoldError
-from reward_fns.code.preamble import LIBRARY_CLASSES
 
 FORMS = (
     "text with asserts, a list of such texts, a list of {'input': ..., 'output': ...}, {'inputs': [...], 'outputs': [...]}"
@@ -130,9 +131,13 @@ def _calls(columns: Mapping[str, Any], name: str) -> Asserts:
 
 
 def _asserts(texts: Sequence[str], names: tuple[str, ...] = ()) -> Asserts:
-    """Compile texts with asserts; without ``names`` they ask the program for what they read and do not define."""
+    """Compile texts with asserts; without ``names`` they ask the program for what they read and do not define.
+
+    Tests that reach the program in another way, by an `entry_point` or the module `solution`, take no built-in name from it.
+    """
     try:
-        body = [statement for text in texts for statement in ast.parse(text).body if not _runs_all(statement)]
+        trees = [_Completed().visit(ast.parse(text)) for text in texts]
+        body = [statement for tree in trees for statement in tree.body if not _runs_all(statement)]
         parts, defines_check = _cut(body)
         codes = [[compile(ast.Module([statement], []), "<tests>", "exec", 0, True) for statement in part] for part in parts]
         reads = _reads("\n".join(texts))
@@ -142,7 +147,8 @@ def _asserts(texts: Sequence[str], names: tuple[str, ...] = ()) -> Asserts:
         raise BadGoldError(f"the tests {_shortened(texts)} test nothing: there is no assert, and no call of their functions")
     calls = (node.func for statement in body for node in ast.walk(statement) if isinstance(node, ast.Call))
     called = {function.id for function in calls if isinstance(function, ast.Name)}
-    asked = tuple(sorted(names or programs_names(reads, called)))
+    otherwise = defines_check or any(re.search(r"\bsolution\b", text) for text in texts)
+    asked = tuple(sorted(names or programs_names(reads, set() if otherwise else called)))
     known = LIBRARY_CLASSES | {name: (name, None) for name in sys.stdlib_module_names}
     library = {name: known[name] for name in sorted(reads - set(asked)) if name in known}
     return Asserts(tuple(map(marshal.dumps, codes)), asked, library, defines_check)
@@ -152,13 +158,36 @@ def programs_names(reads: set[str], called: set[str]) -> set[str]:
     """Of the names that tests read and do not define, those that they take from the program.
 
     Python's built-in functions and the library's classes are not among them, whatever a program defines; but tests that read
-    no other name mean the program's function where they call a built-in one.
+    no other name mean the program's function where they call one built-in function.
 
-    >>> programs_names({"f", "set"}, {"f", "set"}), programs_names({"sum"}, {"sum"})
-    ({'f'}, {'sum'})
+    >>> programs_names({"f", "set"}, {"f", "set"}), programs_names({"sum"}, {"sum"}), programs_names({"abs"}, set())
+    ({'f'}, {'sum'}, set())
     """
     known = vars(builtins).keys() | LIBRARY_CLASSES.keys() | (sys.stdlib_module_names - called)
-    return reads - known or reads & called
+    return reads - known or (reads & called if len(reads & called) == 1 else set())
+
+
+class _Completed(ast.NodeTransformer):
+    """Has a `with` fail whose asserts were not all reached: the program's context manager may swallow what they raise."""
+
+    def visit_With(self, node: ast.With) -> ast.stmt:
+        self.generic_visit(node)
+        meant = re.search("raises|suppress", " ".join(map(ast.unparse, node.items)), re.IGNORECASE)
+        asserts = [place for place, part in enumerate(node.body, 1) if any(map(_asserts_something, ast.walk(part)))]
+        if meant or not asserts:
+            return node
+        passed = f"_passed_{node.lineno}_{node.col_offset}"
+        before, here, after = (
+            ast.parse(text).body for text in (f"{passed} = False", f"{passed} = True", f"assert {passed}")
+        )
+        node.body[asserts[-1] : asserts[-1]] = here
+        return ast.fix_missing_locations(ast.copy_location(ast.If(ast.Constant(True), [*before, node, *after], []), node))
+
+
+def _asserts_something(node: ast.AST) -> bool:
+    """Whether it is an assert, or calls one of unittest's."""
+    is_method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    return isinstance(node, ast.Assert) or (is_method and node.func.attr.startswith("assert"))  # type: ignore[attr-defined]
 
 
 def _reads(text: str) -> set[str]:

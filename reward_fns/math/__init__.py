@@ -8,14 +8,14 @@ from dataclasses import replace
 from fractions import Fraction
 from numbers import Real
 
+from grpo_hf.reward_fns.marks import scoped
+from grpo_hf.reward_fns.math.find import find_answer, value_in
+from grpo_hf.reward_fns.math.forms import Form, has_words, is_choice, read, right_side, with_unit
+from grpo_hf.reward_fns.math.sympy import check, equal
+from grpo_hf.reward_fns.math.text import ProseError, UnreadableError
+from grpo_hf.reward_fns.math.units import NONE, PERCENT, Unit
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
-from reward_fns.marks import scoped
-from reward_fns.math.find import find_answer, value_in
-from reward_fns.math.forms import Form, has_words, is_choice, read, right_side, with_unit
-from reward_fns.math.sympy import check, equal
-from reward_fns.math.text import ProseError, UnreadableError
-from reward_fns.math.units import NONE, PERCENT, Unit
 
 _MODES = ("lenient", "strict")
 _PERCENTS = ("loose", "exact")

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
-from reward_fns.marks import BOX, MARKER, last_boxed, without_markup
-from reward_fns.math.forms import MAX_CHARACTERS, Form, has_words, read
-from reward_fns.math.text import UnreadableError
+from grpo_hf.reward_fns.marks import BOX, MARKER, last_boxed, without_markup
+from grpo_hf.reward_fns.math.forms import MAX_CHARACTERS, Form, has_words, read
+from grpo_hf.reward_fns.math.text import UnreadableError
 
 MAX_COMPLETION = 20_000
 _SHORT = 100

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from reward_fns.math.text import MAX_DIGITS, ProseError, UnreadableError, parse_number, plain, split, strip, unwrap
-from reward_fns.math.units import NONE, Unit, is_known, parse_unit
+from grpo_hf.reward_fns.math.text import MAX_DIGITS, ProseError, UnreadableError, parse_number, plain, split, strip, unwrap
+from grpo_hf.reward_fns.math.units import NONE, Unit, is_known, parse_unit
 
 MAX_CHARACTERS = 1000
 MAX_PARTS = 64

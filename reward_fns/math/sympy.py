@@ -12,7 +12,7 @@ from latex2sympy2_extended import latex2sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify import verify
 
-from reward_fns.math.text import UnreadableError
+from grpo_hf.reward_fns.math.text import UnreadableError
 
 MAX_SIZE = 5000
 MAX_TERMS = 500

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
-from reward_fns.marks import without_markup
+from grpo_hf.reward_fns.marks import without_markup
 
 MAX_DEPTH = 12
 MAX_DIGITS = 1000
