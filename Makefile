@@ -10,7 +10,7 @@ QUICK_TESTS := $(filter-out tests/invariants/test_5% tests/invariants/test_6%, $
 	kl.py layers.py layout.py logits.py logprobs.py losses.py metrics.py objective.py pass_at_k.py planning.py prompts.py \
 	record.py stream.py toy.py tree.py)
 
-.PHONY: setup check test lint demo
+.PHONY: setup check quick test lint demo
 setup: .venv/ready
 
 # vLLM's CPU build brings builds of three packages that break `import transformers`; it runs without them.
@@ -20,7 +20,10 @@ setup: .venv/ready
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-check: setup lint
+check: setup
+	$(MAKE) --jobs 2 --output-sync lint quick
+
+quick: setup
 	$(PYTEST) $(QUICK_TESTS)
 
 test: setup lint

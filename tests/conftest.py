@@ -26,11 +26,18 @@ cloudpickle.register_pickle_by_value(tests)
 
 
 SLOW_FIRST = [
-    "invariants/test_6_killed_run",
-    "test_trainer",
-    "invariants/test_9_any_samples",
-    "test_guards",
     "test_vllm_server",
+    "invariants/test_6_killed_run",
+    "test_cli",
+    "test_launch",
+    "test_sandbox_torture",
+    "test_isolation_users",
+    "test_code",
+    "test_code_asserts",
+    "invariants/test_9_any_samples",
+    "test_checkpoints",
+    "invariants/test_2_gradient_does_not_depend_on_cuts",
+    "test_trainer",
 ]
 """Files whose tests take long, the slowest first: the others fill up what is left of the two processes' time."""
 
@@ -38,13 +45,18 @@ VLLM_LAST = ["test_vllm_training", "test_vllm_engine", "invariants/test_5_engine
 """These start vLLM in their own process, which changes it for whatever comes after."""
 
 
+TOGETHER = {name: "vllm" for name in VLLM_LAST} | {
+    name: "isolation" for name in ("test_code", "test_code_asserts", "test_isolation_users", "test_sandbox_torture")
+}
+"""Files that share a process: those with vLLM, and those that look for what a program has left on the machine."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files, and keep each one's tests in one process (pytest-xdist's --dist loadgroup); those with vLLM in one
-    process, where they share its engines."""
+    """Order the files, and keep each one's tests in one process (pytest-xdist's --dist loadgroup)."""
     order = {name: place for place, name in enumerate([*SLOW_FIRST, "", *VLLM_LAST])}
     for item in items:
         name = str(item.path.relative_to(item.config.rootpath / "tests").with_suffix(""))
-        item.add_marker(pytest.mark.xdist_group("vllm" if name in VLLM_LAST else name))
+        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(name, name)))
         item.stash[PLACE] = order.get(name, order[""])
     items.sort(key=lambda item: item.stash[PLACE])
 
