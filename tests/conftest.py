@@ -25,15 +25,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 cloudpickle.register_pickle_by_value(tests)
 
 
+LEAVES_NOTHING = ["test_sandbox_torture", "test_isolation_users", "test_code", "test_code_asserts"]
+"""These look for what a program has left on the machine, which another file's programs may be."""
+
 SLOW_FIRST = [
     "test_vllm_server",
     "invariants/test_6_killed_run",
     "test_cli",
     "test_launch",
-    "test_sandbox_torture",
-    "test_isolation_users",
-    "test_code",
-    "test_code_asserts",
+    *LEAVES_NOTHING,
     "invariants/test_9_any_samples",
     "test_checkpoints",
     "invariants/test_2_gradient_does_not_depend_on_cuts",
@@ -45,10 +45,8 @@ VLLM_LAST = ["test_vllm_training", "test_vllm_engine", "invariants/test_5_engine
 """These start vLLM in their own process, which changes it for whatever comes after."""
 
 
-TOGETHER = {name: "vllm" for name in VLLM_LAST} | {
-    name: "isolation" for name in ("test_code", "test_code_asserts", "test_isolation_users", "test_sandbox_torture")
-}
-"""Files that share a process: those with vLLM, and those that look for what a program has left on the machine."""
+TOGETHER = dict.fromkeys(VLLM_LAST, "vllm") | dict.fromkeys(LEAVES_NOTHING, "programs")
+"""Files whose tests are run in one process with those of others."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
