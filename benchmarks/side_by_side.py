@@ -20,17 +20,20 @@ import torch
 
 from benchmarks.cases import Case, make_model, make_tokenizer
 from benchmarks.sides import NEEDS, gradient_file
+from grpo_hf.training.throughput import matmul_peak
 
 LEAST_COSINE = 0.9999
 RESULTS = Path(__file__).parent / "results"
 TWO_PROCESSES = Path(__file__).parents[1] / "accelerate_configs" / "cpu_2proc.yaml"
 
 
-def arguments(description: str | None, cases: Iterable[str]) -> argparse.Namespace:
-    """The options of a command that measures cases."""
+def arguments(description: str | None, cases: Iterable[str], sides: Sequence[str] = ()) -> argparse.Namespace:
+    """The options of a command that measures cases, and of one whose sides can be chosen."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=cases, help="this one only; may be given again")
     parser.add_argument("--repeats", type=int, default=3, help="counted rounds; 0: the first is what counts")
+    if sides:
+        parser.add_argument("--side", action="append", choices=sides, help="beside this one only; may be given again")
     return parser.parse_args()
 
 
@@ -80,7 +83,8 @@ def measure(case: Case, sides: Sequence[str], repeats: int) -> dict[str, Any]:
         rounds = [{side: worker.step() for side, worker in workers.items()} for _ in range(repeats)] or [first]
         for worker in workers.values():
             worker.close()
-    result: dict[str, Any] = {"case": asdict(case), "repeats": repeats}
+    peak = matmul_peak(torch.device("cpu"), torch.float32)
+    result: dict[str, Any] = {"case": asdict(case), "repeats": repeats, "matmul_gflops": round(peak / 1e9)}
     for side in sides:
         values = {name: [answers[side][name] for answers in rounds] for name in rounds[0][side]}
         result[side] = {name: statistics.median(value) for name, value in values.items()} | {

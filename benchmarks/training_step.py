@@ -110,9 +110,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Measure, write, show."""
-    args = arguments(__doc__, CASES)
-    sides = [side for side in SIDES if is_installed(side)]
-    if missing := set(SIDES) - set(sides):
+    args = arguments(__doc__, CASES, SIDES[:-1])
+    asked = [side for side in SIDES if side in (*(args.side or SIDES), SIDES[-1])]
+    sides = [side for side in asked if is_installed(side)]
+    if missing := set(asked) - set(sides):
         print(f"not installed, left out: {', '.join(sorted(missing))}")
     written = json.loads(OUTPUT.read_text())["cases"] if OUTPUT.exists() else {}
     for name in args.case or CASES:

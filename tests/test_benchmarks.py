@@ -13,7 +13,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from benchmarks import gpu, tokens, training_step
+from benchmarks import gpu, nodes, tokens, training_step
 from benchmarks.attention_variants import VARIANTS, _sequences, why_not
 from benchmarks.cases import Case, make_data, make_model
 from benchmarks.side_by_side import compare_gradients, measure
@@ -257,3 +257,9 @@ def test_no_rival_forwards_fewer_tokens_than_ours(name: str) -> None:
     counted = tokens.count(training_step.CASES[name])
     assert counted["needed"] <= counted["grpo_hf"]
     assert counted["grpo_hf"] == min(counted[side] for side in tokens.COUNTED if side in counted), counted
+
+
+def test_pairs_that_share_their_first_tokens_are_a_node_more_each() -> None:
+    flat, branched = nodes.tree(0), nodes.tree(2)
+    assert [len(layout.nodes) for layout in (flat, branched)] == [9, 13]
+    assert len(flat.reach) - len(branched.reach) == 4 * 2

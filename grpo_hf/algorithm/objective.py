@@ -47,7 +47,7 @@ class Term:
         weights = self.coefficient * self.aggregation(batch, denominators)
         for factor in self.factors:
             by_token, more = factor(batch)
-            weights, metrics = weights * by_token, metrics | more
+            weights, metrics = weights * by_token.detach(), metrics | more
         return (weights * values).sum(), metrics
 
 

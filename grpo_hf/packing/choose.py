@@ -77,7 +77,7 @@ def _why_not(
     try:
         logprobs, _ = batch_logprobs(model, batch.to(model.device))
     except Exception as error:  # whatever a model's own code makes of a mask or keyword that it was not written for
-        return f"its forward ends in {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        return f"its forward ends in {type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip('.')}"
     difference = (logprobs - expected).abs().max().item()
     return None if difference <= tolerance else f"its log-probs differ by up to {difference:.3g} nats"
 

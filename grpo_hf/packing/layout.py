@@ -24,8 +24,8 @@ TOKENS_PER_MICROBATCH = {"cpu": 2048, "cuda": 8192}
 GPU wants many."""
 
 LEAST_SAVED = 2
-"""Tokens that a run has to save to be worth a node: on a CPU a node's own calls, forward and backward, take about 0.24 ms in
-each layer, which is a token's products in a layer of 3.4 million weights (those of SmolLM2-135M)."""
+"""Tokens that a run has to save to be worth a node, whose own calls in every layer take a CPU as long as a token or two
+(`python -m benchmarks.nodes`)."""
 
 
 def default_budget(device: torch.device, *, longest_prompt: int, longest_group: int, shared: int = 0) -> int:

@@ -1,7 +1,7 @@
 """Sequences -> a tree of token runs: which of them are trained on together, and how a tree lies in one row; pure.
 
     the cat sat          the cat ─┬─ sat
-    the cat ran    ->             └─ ran         row: the cat sat ran dogs
+    the cat ran    ->             └─ ran         row: dogs the cat ran sat
     dogs                 dogs
 
 What many sequences begin with (a system prompt, a prompt, earlier turns of a conversation) is one run, and is computed once.
