@@ -1,9 +1,9 @@
 """What a node of a token tree costs on a CPU, in tokens: `python -m benchmarks.nodes`.
 
-One layer of SmolLM2-135M's shape, float32, one thread, process CPU time: attention over a prompt of 60 tokens and 8 completions
-of 24, forward and backward, where completions branch at the prompt, and where each two of them share their first tokens, which
-is a node more a pair; and a token's share of the layer's matrix products. A run is worth a node when it saves more tokens
-than that (LEAST_SAVED in grpo_hf/packing/layout.py).
+One layer of SmolLM2-135M's shape, float32, one thread, process CPU time: attention over a prompt of 60 tokens and 8
+completions of 24, forward and backward, where completions branch at the prompt, and where each two of them share their
+first tokens, which is a node more a pair; and a token's share of the layer's matrix products. A run is worth a node when it
+saves more tokens than that (LEAST_SAVED in grpo_hf/packing/layout.py).
 """
 
 from __future__ import annotations

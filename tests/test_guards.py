@@ -297,6 +297,28 @@ def test_a_step_is_taken_again_with_half_the_tokens(
     assert "tokens_per_microbatch=48; from here on it is 24" in caplog.text
 
 
+def test_log_probs_for_later_are_taken_again_with_half_the_tokens(tmp_path: Path) -> None:
+    """Memory runs out in the reference's pass, which comes before any gradient."""
+    gradients = []
+    for failing in (False, True):
+        kept = Gradients()
+        run = tiny_trainer(tmp_path / str(failing), max_steps=2, beta=0.1, tokens_per_microbatch=48, callbacks=[kept])
+        original, calls = run.policy.ref_logprobs, []
+
+        def short(batch: Any, original: Any = original, calls: list[int] = calls, failing: bool = failing) -> Any:
+            calls.append(1)
+            if failing and len(calls) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return original(batch)
+
+        run.policy.ref_logprobs = short  # type: ignore[method-assign]
+        run.train()
+        assert run.policy.tokens_per_microbatch == (24 if failing else 48)
+        gradients.append(kept.steps)
+    for got, expected in zip(*gradients, strict=True):
+        assert relative_error(got, expected) < 1e-5
+
+
 def test_running_out_of_memory_again_stops_the_run(tmp_path: Path) -> None:
     run = tiny_trainer(tmp_path, max_steps=3, tokens_per_microbatch=48, **SAVING)
     run.add_callback(AfterStep(lambda state, model: short_of_memory(run, {1, 2})))

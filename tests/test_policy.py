@@ -60,7 +60,7 @@ def test_logprobs_find_their_samples(layout: str) -> None:
     reference = tiny_model(seed=1)
     choose_layout(reference, [[1, 2, 3]], layout)
     policy = make_policy(budget=12, layout=layout, reference=reference, needs_reference=True)
-    first, second = policy.annotated([Update(samples, COUNTS), Update(samples, COUNTS)])
+    first, second = policy.annotated([Update(samples, COUNTS), Update(samples, COUNTS)], step=1)
     assert len(policy.microbatches(second)) > 1
     assert all(item.old_logprobs is None for item in first.samples)
     for name, model in (("old_logprobs", policy.inner), ("ref_logprobs", reference)):
@@ -83,7 +83,7 @@ def test_under_lora_the_reference_is_the_model_without_its_adapter() -> None:
             if "lora_B" in name:
                 parameter.normal_()
     policy = make_policy(model, needs_reference=True)
-    (update,) = policy.annotated([Update(samples, COUNTS)])
+    (update,) = policy.annotated([Update(samples, COUNTS)], step=1)
     for item, expected in zip(update.samples, by_rows(tiny_model(), samples), strict=True):
         torch.testing.assert_close(item.ref_logprobs, expected, rtol=1e-4, atol=1e-5)
 
@@ -93,7 +93,7 @@ def test_nothing_is_forwarded_for_logprobs_that_nobody_needs() -> None:
     policy = make_policy()
     forwards: list[int] = []
     policy.inner.get_decoder().register_forward_hook(lambda *args: forwards.append(1))  # type: ignore[operator]
-    (update,) = policy.annotated([Update(random_samples(), COUNTS)])
+    (update,) = policy.annotated([Update(random_samples(), COUNTS)], step=1)
     assert forwards == []
     assert len(policy.forward_backward(update, step=1).batches) == len(forwards) > 0
 

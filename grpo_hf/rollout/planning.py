@@ -10,8 +10,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from grpo_hf.algorithm.aggregation import Denominators
 from grpo_hf.packing.layout import num_tokens
@@ -113,8 +111,7 @@ def assign_advantages(groups: list[Group], credit: Credit, weights: Sequence[flo
     """Set `completion.advantage` from the scores of all processes, each of which holds as many groups; 0 without reward."""
     everyone = peers.gather([[scores_of(completion) for completion in group.completions] for group in groups])
     rows = [row for part in everyone for row in part]
-    scores: Float[Tensor, "prompts group objective"] = torch.tensor(rows, dtype=torch.float64)
-    advantages = credit(scores, torch.tensor(weights, dtype=torch.float64))
+    advantages = credit(torch.tensor(rows, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64))
     for group, row in zip(groups, advantages[peers.rank * len(groups) :].tolist(), strict=False):
         for completion, advantage in zip(group.completions, row, strict=True):
             completion.advantage = advantage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -99,34 +100,38 @@ class Policy:
         with self.inner.disable_adapter():
             return self._forward(self.wrapped, self.inner, batch)[0]
 
-    def annotated(self, updates: list[Update]) -> list[Update]:
+    def annotated(self, updates: list[Update], *, step: int) -> list[Update]:
         """The updates of a new rollout with the log-probs that they will need of the weights as they are now: the
         reference's, and, for all but the first, whose weights these are, the policy's own."""
-        sources = {"ref_logprobs": self.ref_logprobs} if self.needs_reference else {}
-        annotated = []
-        for number, update in enumerate(updates):
-            wanted = sources | ({"old_logprobs": self.logprobs} if number else {})
-            found: dict[str, dict[int, Tensor]] = {name: {} for name in wanted}
-            for batch in self.microbatches(update) if wanted else ():
-                for name, source in wanted.items():
-                    found[name] |= batch.by_sample(source(batch).cpu())
-            annotated.append(replace(update, samples=with_logprobs(update.samples, **found)))
-        return annotated
+        return [self._retried(partial(self._annotated, update, number), step)[0] for number, update in enumerate(updates)]
+
+    def _annotated(self, update: Update, number: int) -> Update:
+        wanted = {"ref_logprobs": self.ref_logprobs} if self.needs_reference else {}
+        wanted |= {"old_logprobs": self.logprobs} if number else {}
+        found: dict[str, dict[int, Tensor]] = {name: {} for name in wanted}
+        for batch in self.microbatches(update) if wanted else ():
+            for name, source in wanted.items():
+                found[name] |= batch.by_sample(source(batch).cpu())
+        return replace(update, samples=with_logprobs(update.samples, **found))
 
     def forward_backward(self, update: Update, *, step: int) -> StepReport:
-        """Add the update's gradient, which is synchronized on its last micro-batch; where memory runs out, once more with
-        half the budget. Raises GuardError when that is not enough."""
+        """Add the update's gradient, which is synchronized on its last micro-batch."""
+        report, again = self._retried(partial(self._forward_backward, update), step)
+        return replace(report, out_of_memory=again)
+
+    def _retried(self, run: Callable[[], Any], step: int) -> tuple[Any, bool]:
+        """What ``run`` returns, and whether memory ran out at first: then it is run once more with half the budget. Raises
+        GuardError when that is not enough."""
         try:
-            return self._forward_backward(update)
+            return run(), False
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             self._halve_budget(step, error)
         # Outside the except clause, which keeps the failed pass's activations.
         self.inner.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return replace(self.forward_backward(update, step=step), out_of_memory=True)
+        torch.cuda.empty_cache()
+        return self._retried(run, step)[0], True
 
     def _forward_backward(self, update: Update) -> StepReport:
         report = StepReport(torch.zeros((), device=self.accelerator.device))
@@ -168,8 +173,9 @@ class Policy:
         if self.peers.count > 1:  # they wait in a collective, where a checkpoint would wait for them
             raise torch.OutOfMemoryError(f"{message}; set tokens_per_microbatch={max(1, budget // 2)}: {error}") from error
         if self.was_halved or budget == 1:
+            why = "was halved before" if self.was_halved else "is the least"
             raise GuardError(
-                f"{message}, which was halved before: lower it, max_completion_length or the length of prompts, or set "
+                f"{message}, which {why}: lower it, max_completion_length or the length of prompts, or set "
                 f"gradient_checkpointing=True: {error}"
             ) from error
         self.tokens_per_microbatch, self.was_halved = budget // 2, True

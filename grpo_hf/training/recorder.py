@@ -22,8 +22,6 @@ from grpo_hf.training.throughput import Throughput
 SPREAD = ("sampling/sampling_logp_difference", "sampling/importance_sampling_ratio")
 """Per-token values that are logged with their smallest and largest."""
 
-LEFT_BY_A_RUN = ("metrics.jsonl", "rollouts", "report.html", "curves.png")
-
 
 @dataclass
 class Recorder:
@@ -148,7 +146,7 @@ def set_aside_earlier_run(folder: Path) -> Path | None:
 
     Returns where it is now; None when there was nothing.
     """
-    left = [path for name in LEFT_BY_A_RUN if (path := folder / name).exists()]
+    left = [path for name in ("metrics.jsonl", "rollouts", "report.html", "curves.png") if (path := folder / name).exists()]
     if not left:
         return None
     aside = folder / f"earlier-{1 + len(list(folder.glob('earlier-*')))}"

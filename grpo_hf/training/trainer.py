@@ -147,8 +147,7 @@ class GRPOTrainer(Trainer):
         moving = {"reference": self.policy.reference} if args.sync_ref_model and self.policy.reference is not None else {}
         parts: dict[str, checkpoints.Stateful] = {"stream": self.stream, "policy": self.policy, "recorder": self.recorder}
         self.checkpoints = checkpoints.Checkpoints(parts, moving, self.peers, self.metrics)
-        updates_per_epoch = self.stream.order.rollouts_per_epoch * args.steps_per_rollout
-        self.add_callback(own_callbacks.StepClock(self.metrics, updates_per_epoch))
+        self.add_callback(own_callbacks.StepClock(self.metrics, Updates(self).steps))
         for reference in moving.values():
             self.add_callback(own_callbacks.SyncReference(self.model, reference))
 
@@ -259,7 +258,7 @@ class GRPOTrainer(Trainer):
             own_callbacks.print_samples(rollout.groups, step + 1, args.num_completions_to_print or 4)
         stop_if_faulty(merged(self.peers.gather(rollout.tally)), self.scorer.settings)
         with self.metrics.phase("logprobs"):
-            return replace(rollout, updates=self.policy.annotated(updates))
+            return replace(rollout, updates=self.policy.annotated(updates, step=step + 1))
 
     # ---- The update
 
