@@ -189,11 +189,17 @@ def test_the_flex_blocks_are_those_of_the_whole_mask(window: int | None) -> None
 @torch.no_grad()
 def test_flex_attention_is_by_path(samples: list[TrainingSample], rule: ScoreRule, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled, since its compiled form is for GPUs: mask, scaling, cap and shared heads are handed over right."""
-    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: flex_attention)
+    given: list[dict[str, object]] = []
+    monkeypatch.setattr(
+        attention, "_compiled_flex_attention", lambda: lambda *a, **k: given.append(k) or flex_attention(*a, **k)
+    )
     tree = tree_of(samples)
     heads = random_heads(len(tree.reach))
     torch.testing.assert_close(attention._flex(*heads, tree, rule), by_path(*heads, tree, rule))
     assert list(tree.block_masks) == [rule.sliding_window]  # kept for the next layer
+    assert given[0]["kernel_options"] == {"BACKEND": "TRITON"}, (
+        "a GPU has no decoding kernel for a tree of less than 128 tokens"
+    )
 
 
 def test_dropout_is_refused() -> None:

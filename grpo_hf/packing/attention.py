@@ -212,6 +212,7 @@ def _flex(query: Heads, key: Tensor, value: Tensor, tree: TokenTree, rule: Score
         block_mask=tree.block_masks[rule.sliding_window],
         scale=rule.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options={"BACKEND": "TRITON"},  # else fewer than 128 queries go to a kernel for decoding, which fails on them
     )
 
 
