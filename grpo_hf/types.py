@@ -33,15 +33,60 @@ class Prompt:
 
 
 @dataclass
-class Completion:
-    """One sampled answer to a prompt."""
+class ToolCall:
+    """A function that the model asked for, and what became of it."""
+
+    name: str
+    """Of the function."""
+    arguments: dict[str, Any]
+    """By the names of its parameters."""
+    outcome: str = ""
+    """How it ended: ok, error, timeout or crash; "" where it was not run."""
+    content: str = ""
+    """What the model was told."""
+    seconds: float = 0.0
+    """From its start to its end."""
+    message: str = ""
+    """What went wrong, with the traceback where there is one."""
+
+
+@dataclass
+class Turn:
+    """One answer of the model within an episode."""
+
+    num_tokens: int
+    """That it sampled."""
+    truncated: bool
+    """True when a length limit ended it, not a stop token."""
+    calls: list[ToolCall] = field(default_factory=list)
+    """What it asked for, in order."""
+    seconds: float = 0.0
+    """From the request for it to its end."""
+
+
+@dataclass
+class Branch:
+    """A history that the chat template has shown otherwise since; what was sampled in it is trained on in it."""
 
     ids: list[int]
-    """Sampled token ids, the stop token included when there is one."""
+    """The whole sequence, the prompt included."""
+    is_sampled: list[bool]
+    """Which of them the model sampled in it."""
+    rollout_logprobs: list[float | None] | None
+    """The engine's log-prob of each of these, in nats."""
+
+
+@dataclass
+class Completion:
+    """One sampled answer to a prompt, or a whole episode: answers and what tools said to them."""
+
+    ids: list[int]
+    """What follows on the prompt: sampled token ids, the stop token included when there is one, and in an episode the ids
+    of what tools answered, as its last turn has seen them."""
     truncated: bool
     """True when the length limit ended it, not a stop token."""
     text: str = ""
-    """Decoded without special tokens."""
+    """Decoded without special tokens; of an episode the last answer."""
     rollout_logprobs: list[float | None] | None = None
     """The engine's log-prob of each id that the model sampled (``is_sampled``), in nats, from what it sampled from; None
     where it has none."""
@@ -59,6 +104,16 @@ class Completion:
     """What the loss multiplies this completion's tokens by; None until its group has been compared."""
     is_sampled: list[bool] | None = None
     """Which of ``ids`` the model sampled, where some are what tools answered; None: all."""
+    prompt_ids: list[int] | None = None
+    """The prompt's ids where they are its own, since an environment has said something to it; None: the group's."""
+    earlier: list[Branch] = field(default_factory=list)
+    """Histories that were rewritten between two turns; none of their sampled ids is among ``ids`` as sampled."""
+    messages: list[Message] | None = None
+    """What was said after the prompt, tools' answers included; None without tools."""
+    turns: list[Turn] = field(default_factory=list)
+    """The model's answers one by one; none without tools."""
+    environment: Any = None
+    """The environment as the episode has left it; None without one."""
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,16 +50,40 @@ class EngineLostError(RuntimeError):
     """The engine has gone and has not come back in time; the trainer's own state is whole."""
 
 
+class Requests(Protocol):
+    """An engine at work: requests are added while others are being sampled, and come back in the order in which they end."""
+
+    def add(self, key: Hashable, ids: list[int], seed: int, count: int = 1, max_tokens: int | None = None) -> None:
+        """Ask for ``count`` completions of token ids, of at most ``max_tokens`` (None: what Sampling says); completion n has
+        seed + n. Raises StaleEngineError when the trainer's weights have changed since sync_weights."""
+
+    def finished(self, timeout: float | None = None) -> list[tuple[Hashable, list[Completion]]]:
+        """Work until something has ended, for ``timeout`` seconds at most where the engine is elsewhere (one step or one
+        batch where it is here); all requests that have ended since the last call. Empty where none is open."""
+
+
 class Engine(Protocol):
-    """Samples groups; one implementation a file in this folder."""
+    """Samples completions; one implementation a file in this folder."""
 
     def sync_weights(self, version: int) -> None:
         """Make the next samples come from the trainer's current weights, those after ``version`` updates."""
 
-    def sample(
-        self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """Yield (number of the prompt, its completions) as groups finish; completion n has the prompt's seed + n."""
+    def requests(self, sampling: Sampling) -> AbstractContextManager[Requests]:
+        """Take requests with these settings; what is open at the end is given up. One at a time."""
 
     def abort(self) -> None:
         """Give up what is being sampled."""
+
+
+def sample_groups(
+    engine: Engine, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling
+) -> Iterator[tuple[int, list[Completion]]]:
+    """Yield (number of the prompt, its completions) as groups finish; completion n has the prompt's seed + n."""
+    with engine.requests(sampling) as requests:
+        for number, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            requests.add(number, ids, seed, num_generations)
+        missing = len(prompts)
+        while missing:
+            for number, completions in requests.finished():
+                missing -= 1
+                yield number, completions
