@@ -113,7 +113,9 @@ class Completion:
     turns: list[Turn] = field(default_factory=list)
     """The model's answers one by one; none without tools."""
     environment: Any = None
-    """The environment as the episode has left it; None without one."""
+    """How the episode's environment has ended; None without one."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """What a rollout function said of it beside its ids; verifiers take it as they take the row's columns."""
 
 
 @dataclass
@@ -131,13 +133,15 @@ class Sample:
     prompt: str | list[Message]
     """The dataset's own prompt."""
     completion: str | list[Message]
-    """The text, or ``[{"role": "assistant", "content": text}]`` for a chat prompt (TRL's form)."""
+    """The text; for a chat prompt ``[{"role": "assistant", "content": text}]``, or all messages of an episode (TRL's form)."""
     text: str
-    """The completion as text, whatever the prompt's form."""
+    """The completion as text, whatever the prompt's form; of an episode the last answer."""
     completion_ids: list[int]
-    """Sampled token ids."""
+    """Token ids after the prompt."""
     row: dict[str, Any]
     """All columns of the dataset row."""
+    environment: Any = None
+    """The environment as the episode has left it; None without one."""
 
 
 @dataclass(frozen=True, eq=False)

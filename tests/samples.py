@@ -38,7 +38,7 @@ def group(prompt: list[int], completions: Iterable[Completion | list[int]], inde
 
 def samples_of(groups: Sequence[Group]) -> list[TrainingSample]:
     """What is trained on of groups whose completions have advantages."""
-    return numbered_samples(groups, version=0)
+    return [sample for own in numbered_samples(groups, version=0) for sample in own]
 
 
 def random_samples(shapes: Sequence[tuple[int, list[int]]] = UNEVEN, **options: Any) -> list[TrainingSample]:

@@ -118,7 +118,7 @@ def test_cuda_is_needed_unless_told_otherwise(capsys: pytest.CaptureFixture[str]
 
 def test_varlen_sequences_are_the_tree() -> None:
     """Attention over each node's gathered keys is by_path."""
-    tree = packed_batch(numbered_samples(random_groups(), version=0)).tree
+    tree = packed_batch([sample for (sample,) in numbered_samples(random_groups(), version=0)]).tree
     assert tree is not None
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, len(tree.reach), 8) for _ in range(3))

@@ -14,8 +14,8 @@ import torch
 from grpo_hf.algorithm.advantages import ADVANTAGES
 from grpo_hf.packing.layout import num_tokens, packed_batch
 from grpo_hf.rollout.peers import ALONE, Peers
-from grpo_hf.rollout.planning import Plan, Update, assign_advantages, balanced, numbered_samples, sample_of, shares, until
-from grpo_hf.types import Completion, Group, TrainingSample
+from grpo_hf.rollout.planning import Plan, Update, assign_advantages, balanced, numbered_samples, samples_of, shares, until
+from grpo_hf.types import Branch, Completion, Group, TrainingSample
 from tests.peers import on_processes
 from tests.samples import group, sample
 
@@ -108,7 +108,7 @@ def test_credit_is_handed_every_score_and_the_weights() -> None:
 
 def test_a_single_turn_completion_is_one_sample() -> None:
     item = Completion([7, 8], truncated=False, advantage=-0.5, rollout_logprobs=[-1.0, None])
-    made = sample_of([1, 2, 3], item, version=4, completion=9, group=2)
+    (made,) = samples_of([1, 2, 3], item, version=4, completion=9, group=2)
     assert made.ids == (1, 2, 3, 7, 8)
     assert made.is_target.tolist() == [False, False, False, True, True]
     assert made.advantages.tolist() == [0, 0, 0, -0.5, -0.5]
@@ -116,18 +116,39 @@ def test_a_single_turn_completion_is_one_sample() -> None:
     assert made.versions.tolist() == [4, 4]
     torch.testing.assert_close(made.rollout_logprobs, torch.tensor([-1.0, math.nan]), equal_nan=True)
     assert made.old_logprobs is made.ref_logprobs is None
-    assert sample_of([1], replace(item, rollout_logprobs=None), 0, completion=0, group=0).rollout_logprobs is None
+    (without,) = samples_of([1], replace(item, rollout_logprobs=None), 0, completion=0, group=0)
+    assert without.rollout_logprobs is None
 
 
 def test_what_a_tool_answered_is_no_target() -> None:
     item = Completion([7, 90, 91, 8], False, advantage=2.0, is_sampled=[True, False, False, True], rollout_logprobs=[-1, -2])
-    made = sample_of([1, 2], item, version=0, completion=0, group=0)
+    (made,) = samples_of([1, 2], item, version=0, completion=0, group=0)
     assert made.ids == (1, 2, 7, 90, 91, 8)
     assert made.is_target.tolist() == [False, False, True, False, False, True]
     assert made.advantages.tolist() == [0, 0, 2, 0, 0, 2]
     assert (made.completion_length, made.rollout_logprobs.tolist()) == (2, [-1, -2])  # type: ignore[union-attr]
     batch = packed_batch([made])
     assert (batch.targets.tolist(), batch.scored_at.tolist(), batch.lengths.tolist()) == ([7, 8], [1, 4], [2])
+
+
+def test_a_rewritten_history_is_a_sample_of_its_own() -> None:
+    """Each sampled token is a target once, where it was sampled: thinking (7) that the template has dropped since, too."""
+    thought = Branch([1, 2, 7, 8], [False, False, True, True], [-1.0, -2.0])
+    item = Completion(
+        [8, 90, 9], False, advantage=2.0, is_sampled=[False, False, True], rollout_logprobs=[-3.0], earlier=[thought]
+    )
+    first, last = samples_of([1, 2], item, version=0, completion=5, group=0)
+    assert (first.ids, last.ids) == ((1, 2, 7, 8), (1, 2, 8, 90, 9))
+    assert (first.advantages.tolist(), last.advantages.tolist()) == ([0, 0, 2, 2], [0, 0, 0, 0, 2])
+    assert (first.completion, last.completion, first.completion_length, last.completion_length) == (5, 5, 3, 3)
+    assert first.rollout_logprobs.tolist() + last.rollout_logprobs.tolist() == [-1, -2, -3]  # type: ignore[union-attr]
+    batch = packed_batch([first, last])
+    assert (batch.targets.tolist(), batch.lengths.tolist(), batch.completion.tolist()) == ([7, 8, 9], [3], [0, 0, 0])
+
+
+def test_an_episode_may_have_a_prompt_of_its_own() -> None:
+    (made,) = samples_of([1, 2], Completion([7], False, advantage=1.0, prompt_ids=[1, 2, 3]), 0, completion=0, group=0)
+    assert (made.ids, made.is_target.tolist()) == ((1, 2, 3, 7), [False, False, False, True])
 
 
 def test_tokens_that_tools_answered_are_in_no_denominator() -> None:
@@ -152,18 +173,18 @@ def test_a_completion_without_a_sampled_token_is_not_trained_on(options: dict[st
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rollout_logprobs": [-1.0, -1.0]}, "3 ids, is_sampled for 3 of them, and 2 log-probs for the 3 that"),
+        ({"rollout_logprobs": [-1.0, -1.0]}, "4 ids with its prompt, is_sampled for 4 of them, and 2 log-probs for the 3 that"),
         (
             {"rollout_logprobs": [-1.0] * 3, "is_sampled": [True, False, True]},
-            "3 ids, is_sampled for 3 of them, and 3 log-probs for the 2 that",
+            "4 ids with its prompt, is_sampled for 4 of them, and 3 log-probs for the 2 that",
         ),
-        ({"is_sampled": [True] * 4}, "3 ids, is_sampled for 4 of them"),
+        ({"is_sampled": [True] * 4}, "4 ids with its prompt, is_sampled for 5 of them"),
     ],
     ids=["log-probs missing", "log-probs of a tool's tokens", "is_sampled too long"],
 )
 def test_what_does_not_fit_a_completions_ids_is_an_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"completion 7 has {message}"):
-        sample_of([1], Completion([2, 3, 4], False, advantage=1.0, **fields), version=0, completion=7, group=0)
+        samples_of([1], Completion([2, 3, 4], False, advantage=1.0, **fields), version=0, completion=7, group=0)
 
 
 def test_an_advantage_that_was_never_set_is_an_error() -> None:
@@ -339,7 +360,7 @@ def some_samples(seed: int, count: int) -> list[TrainingSample]:
         lengths = [generator.choice((1, 5, 90)) for _ in range(4)]
         completions = [Completion([7 + n] * length, truncated=False, advantage=float(n)) for n, length in enumerate(lengths)]
         groups.append(group([100 * seed + number] * generator.choice((3, 40)), completions))
-    return numbered_samples(groups, 0, 4 * count * seed, count * seed)
+    return [sample for own in numbered_samples(groups, 0, 4 * count * seed, count * seed) for sample in own]
 
 
 def imbalance(parts: list[list[TrainingSample]]) -> float:

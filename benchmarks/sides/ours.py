@@ -79,7 +79,7 @@ def samples_of(case: Case, data: Data) -> list[TrainingSample]:
         for number, (ids, made) in enumerate(zip(data.prompts, data.completions, strict=True))
         if number < case.groups and text_of(ids) not in data.flat
     ]
-    return numbered_samples(groups, version=0)
+    return [sample for own in numbered_samples(groups, version=0) for sample in own]
 
 
 def num_tokens(case: Case, data: Data) -> int:

@@ -20,7 +20,7 @@ from grpo_hf.rewards.signature import Reward
 from grpo_hf.rewards.verdict import Verdict, sample_of
 from grpo_hf.rewards.worker import state_parcel, verifier_parcel
 from grpo_hf.rewards.workers import Workers
-from grpo_hf.types import Group, Sample
+from grpo_hf.types import Completion, Group, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,9 @@ class Scorer:
         """Write what became of each call into the completions, and count."""
         tally: Tally = {reward.name: Calls() for reward in self.rewards}
         for group, rows in zip(groups, verdicts, strict=True):
-            for completion, by_name in zip(group.completions, rows, strict=True):
-                completion.rewards = {}  # in the order of the verifiers, and of no earlier ones
+            for completion in group.completions:  # in the order of the verifiers, and of no earlier ones
+                completion.rewards = dict.fromkeys(tally, math.nan)
+            for completion, by_name in zip(_judged(group), rows, strict=True):
                 for name, verdict in by_name.items():
                     tally[name].add(verdict, group.prompt.index, completion.text)
                     completion.outcomes[name] = verdict.outcome
@@ -138,7 +139,7 @@ class Round:
 
     def add_group(self, place: int, group: Group) -> None:
         """Have a group's completions judged."""
-        self.add(place, [sample_of(group.prompt, completion) for completion in group.completions])
+        self.add(place, [sample_of(group.prompt, completion) for completion in _judged(group)])
 
     def verdicts(self) -> Iterator[list[dict[str, Verdict]]]:
         """By place in order, and sample: the verdict of each verifier by its name. Called when all samples are there."""
@@ -179,6 +180,11 @@ def score_samples(
                 yield verdicts[0]
     finally:
         scorer.close()
+
+
+def _judged(group: Group) -> list[Completion]:
+    """Its completions but for episodes that are left out since a tool or an environment has failed."""
+    return [completion for completion in group.completions if completion.valid]
 
 
 def _plain(trainer_state: Any) -> Any:

@@ -170,13 +170,14 @@ def shown(value: Any) -> str:
 
 def sample_of(prompt: Prompt, completion: Completion) -> Sample:
     """Show a completion as a verifier sees it, in TRL's form for chat prompts."""
-    chat = [{"role": "assistant", "content": completion.text}]
+    chat = [{"role": "assistant", "content": completion.text}] if completion.messages is None else completion.messages
     return Sample(
         prompt=prompt.raw,
         completion=completion.text if isinstance(prompt.raw, str) else chat,
         text=completion.text,
         completion_ids=completion.ids,
-        row=prompt.row,
+        row=prompt.row | completion.columns if completion.columns else prompt.row,
+        environment=completion.environment,
     )
 
 

@@ -53,6 +53,9 @@ class EngineLostError(RuntimeError):
 class Requests(Protocol):
     """An engine at work: requests are added while others are being sampled, and come back in the order in which they end."""
 
+    patience: float
+    """Seconds that it pays to wait for more requests before `finished`: 0 where they may join those that run."""
+
     def add(self, key: Hashable, ids: list[int], seed: int, count: int = 1, max_tokens: int | None = None) -> None:
         """Ask for ``count`` completions of token ids, of at most ``max_tokens`` (None: what Sampling says); completion n has
         seed + n. Raises StaleEngineError when the trainer's weights have changed since sync_weights."""

@@ -14,7 +14,7 @@ import torch
 from grpo_hf.algorithm.aggregation import Denominators
 from grpo_hf.packing.layout import num_tokens
 from grpo_hf.rollout.peers import Peers
-from grpo_hf.types import Completion, Group, TrainingSample
+from grpo_hf.types import Branch, Completion, Group, TrainingSample
 
 if TYPE_CHECKING:
     from grpo_hf.algorithm.advantages import Credit
@@ -72,14 +72,15 @@ class Plan:
         of_updates = [sum(column) for column in zip(*(tokens for tokens, *_ in everyone), strict=True)]
         firsts = [sum(counts[place] for counts in everyone[: peers.rank]) for place in (2, 3)]
         samples = numbered_samples(groups, version, *firsts)
-        trainable = [sample for sample in samples if sample.completion_length]
+        trainable = [sample for own in samples for sample in own]
         if not trainable:
             raise ValueError(f"no token of {count} completions was sampled by the model (is_sampled): nothing to train on")
         smallest = min(trainable, key=lambda sample: len(sample.ids))
         updates = []
         for part, of_update, local in zip(parts, of_updates, tokens, strict=True):
             pairs = zip(completions[part], samples[part], strict=True)
-            kept = [pruned for item, sample in pairs if self._counts(item) and (pruned := self._pruned(sample))]
+            counted = [sample for item, own in pairs if self._counts(item) for sample in own]
+            kept = [pruned for sample in counted if (pruned := self._pruned(sample))]
             if self.balance:
                 kept = balanced(kept, peers)
             denominators = Denominators(
@@ -119,38 +120,53 @@ def assign_advantages(groups: list[Group], credit: Credit, weights: Sequence[flo
 
 def numbered_samples(
     groups: Sequence[Group], version: int, first_completion: int = 0, first_group: int = 0
-) -> list[TrainingSample]:
-    """One sample a completion, numbered on from these."""
+) -> list[list[TrainingSample]]:
+    """The samples of each completion, numbered on from these: one as a rule, see samples_of."""
     members = [
         (group.prompt.ids, item, number) for number, group in enumerate(groups, first_group) for item in group.completions
     ]
     return [
-        sample_of(prompt, item, version, completion=place, group=number)
+        samples_of(prompt, item, version, completion=place, group=number)
         for place, (prompt, item, number) in enumerate(members, first_completion)
     ]
 
 
-def sample_of(prompt: Sequence[int], item: Completion, version: int, *, completion: int, group: int) -> TrainingSample:
-    """A completion as it is trained on. Raises ValueError when it was never given an advantage."""
+def samples_of(
+    prompt: Sequence[int], item: Completion, version: int, *, completion: int, group: int
+) -> list[TrainingSample]:
+    """A completion as it is trained on: a sample for each history that something was sampled in, none where nothing was.
+
+    Raises ValueError when it was never given an advantage, or has more or fewer log-probs than sampled ids.
+    """
     if item.advantage is None:
         raise ValueError(f"completion {completion} has no advantage; assign_advantages compares it with its group")
-    is_target = torch.tensor([False] * len(prompt) + (item.is_sampled or [True] * len(item.ids)))
-    logprobs = item.rollout_logprobs and [math.nan if value is None else value for value in item.rollout_logprobs]
-    if len(item.is_sampled or item.ids) != len(item.ids) or (logprobs and len(logprobs) != num_sampled(item)):
-        raise ValueError(
-            f"completion {completion} has {len(item.ids)} ids, is_sampled for {len(item.is_sampled or item.ids)} of them, "
-            f"and {len(logprobs or ())} log-probs for the {num_sampled(item)} that were sampled; give one for each"
-        )
-    return TrainingSample(
-        ids=(*prompt, *item.ids),
-        is_target=is_target,
-        advantages=torch.where(is_target, item.advantage, 0.0),
-        completion=completion,
-        group=group,
-        completion_length=num_sampled(item),
-        versions=torch.full((num_sampled(item),), version),
-        rollout_logprobs=None if not logprobs else torch.tensor(logprobs, dtype=torch.float32),
-    )
+    own = list(prompt if item.prompt_ids is None else item.prompt_ids)
+    sampled = [False] * len(own) + (item.is_sampled or [True] * len(item.ids))
+    histories = [*item.earlier, Branch([*own, *item.ids], sampled, item.rollout_logprobs)]
+    total, samples = num_sampled(item), []
+    for history in histories:
+        ids, count = history.ids, sum(history.is_sampled)
+        logprobs = history.rollout_logprobs and [math.nan if value is None else value for value in history.rollout_logprobs]
+        if len(history.is_sampled) != len(ids) or (logprobs and len(logprobs) != count):
+            raise ValueError(
+                f"completion {completion} has {len(ids)} ids with its prompt, is_sampled for {len(history.is_sampled)} of "
+                f"them, and {len(logprobs or ())} log-probs for the {count} that were sampled; give one for each"
+            )
+        is_target = torch.tensor(history.is_sampled)
+        if count:
+            samples.append(
+                TrainingSample(
+                    ids=tuple(ids),
+                    is_target=is_target,
+                    advantages=torch.where(is_target, item.advantage, 0.0),
+                    completion=completion,
+                    group=group,
+                    completion_length=total,
+                    versions=torch.full((count,), version),
+                    rollout_logprobs=None if not logprobs else torch.tensor(logprobs, dtype=torch.float32),
+                )
+            )
+    return samples
 
 
 def scores_of(completion: Completion) -> list[float]:
@@ -159,8 +175,9 @@ def scores_of(completion: Completion) -> list[float]:
 
 
 def num_sampled(completion: Completion) -> int:
-    """Tokens that the model chose."""
-    return len(completion.ids) if completion.is_sampled is None else sum(completion.is_sampled)
+    """Tokens that the model chose, in all histories of an episode."""
+    last = len(completion.ids) if completion.is_sampled is None else sum(completion.is_sampled)
+    return last + sum(sum(branch.is_sampled) for branch in completion.earlier)
 
 
 def until(sample: TrainingSample, stop: int) -> TrainingSample:

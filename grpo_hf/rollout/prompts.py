@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +42,20 @@ def load_prompts(
     max_prompt_length: int | None = None,
     overlong_prompts: str = "error",
     chat_template_kwargs: dict[str, Any] | None = None,
+    schemas: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None,
 ) -> PromptSet:
-    """Tokenize every prompt: a string as the tokenizer does by default, messages through the chat template.
+    """Tokenize every prompt: a string as the tokenizer does by default, messages through the chat template, which shows
+    the tools of the row (``schemas``) too.
 
     Raises ValueError for an empty dataset, a missing column, an empty prompt, and prompts of more than
     ``max_prompt_length`` tokens unless ``overlong_prompts`` is "drop".
     """
     table = checked_dataset(dataset, name)
-    ids = [_tokenize(raw, tokenizer, chat_template_kwargs or {}) for raw in table[PROMPT_COLUMN]]
+    options = chat_template_kwargs or {}
+    if schemas is None:
+        ids = [_tokenize(raw, tokenizer, options) for raw in table[PROMPT_COLUMN]]
+    else:
+        ids = [_tokenize(row[PROMPT_COLUMN], tokenizer, options | {"tools": schemas(row) or None}) for row in table]
     empty = [number for number, tokens in enumerate(ids) if not tokens]
     if empty:
         raise ValueError(f"{name}: {len(empty)} prompts have no tokens (rows {_listed(empty)}); give each some text")
@@ -76,7 +82,8 @@ def checked_dataset(dataset: Any, name: str) -> Dataset:
         )
     table = Dataset.from_list(dataset) if isinstance(dataset, list) else dataset
     if table is None or len(table) == 0:
-        raise ValueError(f"{name} is {'missing' if table is None else 'empty'}: give at least one row with a prompt")
+        missing = f"`{name}` is required" if table is None else f"{name} is empty"
+        raise ValueError(f"{missing}: give at least one row with a prompt")
     if PROMPT_COLUMN not in table.column_names:
         near = difflib.get_close_matches(PROMPT_COLUMN, table.column_names, n=1)
         hint = f"rename_column({(near or table.column_names)[0]!r}, 'prompt')"

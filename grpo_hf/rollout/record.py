@@ -95,7 +95,12 @@ def num_tokens(groups: list[Group]) -> int:
 def num_padded_tokens(groups: list[Group]) -> int:
     """Input tokens when every completion is a row padded to the longest prompt and the longest completion (TRL's)."""
     lengths = [len(item.ids) for group in groups for item in group.completions]
-    return len(lengths) * (max(len(group.prompt.ids) for group in groups) + max(lengths))
+    return len(lengths) * (max(map(num_prompt_tokens, groups)) + max(lengths))
+
+
+def num_prompt_tokens(group: Group) -> int:
+    """Of the longest prompt: an environment may have said something to it."""
+    return max(len(group.prompt.ids if item.prompt_ids is None else item.prompt_ids) for item in group.completions)
 
 
 def summarize_all(groups: list[Group], peers: Peers) -> list[GroupSummary]:

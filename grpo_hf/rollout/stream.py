@@ -5,7 +5,7 @@ A `GroupSampler` makes scored groups of prompts, in training as in evaluation; a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,15 @@ from grpo_hf.metrics import Metrics
 from grpo_hf.rewards import Scorer
 from grpo_hf.rewards.faults import Tally, merged
 from grpo_hf.rollout.dynamic import Choice, Draw, Memory, chosen, is_informative, pass_rate
-from grpo_hf.rollout.engine import Engine, Sampling
+from grpo_hf.rollout.engine import Engine, Sampling, sample_groups
 from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.planning import Update, scores_of
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, derived_seed
-from grpo_hf.types import Group, Prompt
+from grpo_hf.types import Completion, Group, Prompt
+
+
+SampleFunction = Callable[[list[Prompt], list[int], int, Sampling], Iterator[tuple[int, list[Completion]]]]
+"""Prompts, their seeds, completions of each, settings -> (number of the prompt, its completions) as groups finish."""
 
 
 @dataclass
@@ -31,7 +35,7 @@ class PendingGroups:
     groups: list[Group]
     """Without completions as yet."""
     completions: Iterable[tuple[int, list[Completion]]]
-    """See Engine.sample: the completions of groups by their number, as they finish."""
+    """The completions of groups by their number, as they finish."""
 
     def wait(self) -> None:
         """Until all completions are there, so that the engine may be given other weights."""
@@ -50,6 +54,8 @@ class GroupSampler:
     """The verifiers, and what runs them."""
     metrics: Metrics = field(default_factory=Metrics)
     """Where the times go."""
+    episodes: SampleFunction | None = None
+    """What makes completions where they are more than one answer of the engine each."""
 
     def sample(
         self, prompts: list[Prompt], seeds: list[int], num_generations: int, sampling: Sampling, *, trainer_state: Any = None
@@ -59,7 +65,10 @@ class GroupSampler:
 
     def start(self, prompts: list[Prompt], seeds: list[int], num_generations: int, sampling: Sampling) -> PendingGroups:
         """Ask the engine for groups; one that is elsewhere works on them from now on."""
-        asked = self.engine.sample([prompt.ids for prompt in prompts], seeds, num_generations, sampling)
+        if self.episodes is not None:
+            asked = self.episodes(prompts, seeds, num_generations, sampling)
+        else:
+            asked = sample_groups(self.engine, [prompt.ids for prompt in prompts], seeds, num_generations, sampling)
         return PendingGroups([Group(prompt, []) for prompt in prompts], asked)
 
     def finish(self, pending: PendingGroups, *, trainer_state: Any = None) -> tuple[list[Group], Tally]:
@@ -69,8 +78,9 @@ class GroupSampler:
             with self.metrics.phase("generate"):
                 scoring.expect(group.prompt.row for group in groups)
                 for number, completions in pending.completions:
-                    texts = self.tokenizer.batch_decode([item.ids for item in completions], skip_special_tokens=True)
-                    for completion, text in zip(completions, texts, strict=True):
+                    plain = [item for item in completions if item.messages is None]
+                    texts = self.tokenizer.batch_decode([item.ids for item in plain], skip_special_tokens=True)
+                    for completion, text in zip(plain, texts, strict=True):
                         completion.text = text
                     groups[number].completions = completions
                     scoring.add_group(number, groups[number])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from grpo_hf.algorithm.trial import check_credit
+from grpo_hf.episodes.toolbox import Toolbox
 from grpo_hf.rewards import Reward, Scorer, check_columns, get_rewards
 from grpo_hf.rewards.gold import bad_gold
 from grpo_hf.rollout.prompts import PromptSet, checked_dataset, load_prompts
@@ -21,23 +23,6 @@ from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.policy import StepReport
 
 logger = logging.get_logger(__name__)
-
-NOT_HERE = {
-    "tools": "completions are single-turn here",
-    "rollout_func": "write an engine with the methods of grpo_hf.rollout.engine.Engine",
-    "environment_factory": "completions are single-turn here",
-}
-"""Arguments of TRL's GRPOTrainer that this one refuses."""
-
-
-def refuse_arguments(unsupported: dict[str, Any]) -> None:
-    """Say what to use instead of an argument that only TRL has."""
-    for name, value in unsupported.items():
-        if name not in NOT_HERE:
-            raise TypeError(f"GRPOTrainer has no argument {name!r}")
-        if value is not None:
-            raise ValueError(f"GRPOTrainer takes no {name}: {NOT_HERE[name]}")
-
 
 def check_reference(args: GRPOConfig, *, lora: bool) -> None:
     """A reference that moves is a model of its own; under LoRA it is the policy with its adapter switched off."""
@@ -48,8 +33,11 @@ def check_reference(args: GRPOConfig, *, lora: bool) -> None:
         )
 
 
-def checked_rewards(reward_funcs: Any, args: GRPOConfig, processing_classes: Any = None) -> tuple[list[Reward], list[float]]:
-    """The verifiers and one weight each; tokenizers of reward models are given one for each reward, None for the others."""
+def checked_rewards(
+    reward_funcs: Any, args: GRPOConfig, processing_classes: Any = None, *, owned: Sequence[Reward] = ()
+) -> tuple[list[Reward], list[float]]:
+    """The verifiers and one weight each; tokenizers of reward models are given one for each reward, None for the others.
+    ``owned`` are the rewards of environments, whose weight is 1."""
     rewards = get_rewards(reward_funcs if reward_funcs is not None else [])
     models = [reward.name for reward in rewards if hasattr(reward.function, "processing_class")]
     if processing_classes is not None and not isinstance(processing_classes, list) and len(models) > 1:
@@ -67,19 +55,29 @@ def checked_rewards(reward_funcs: Any, args: GRPOConfig, processing_classes: Any
         if tokenizer is not None and hasattr(reward.function, "processing_class"):
             reward.function.processing_class = tokenizer
     weights = args.reward_weights or [1.0] * len(rewards)
-    if not rewards:
-        raise ValueError("reward_funcs is empty: give at least one verifier, by name or as a function")
+    if not [*rewards, *owned]:
+        raise ValueError(
+            "No reward source provided: reward_funcs is empty; give at least one verifier, by name or as a function, or an "
+            "environment with get_reward"
+        )
     if len(weights) != len(rewards):
         raise ValueError(
             f"reward_weights has {len(weights)} numbers for {len(rewards)} rewards "
             f"({', '.join(reward.name for reward in rewards)}); give one each"
         )
-    check_credit(args.credit(), len(rewards), args.num_generations, f"advantage={args.advantage_form!r}")
-    return rewards, weights
+    check_credit(args.credit(), len(rewards) + len(owned), args.num_generations, f"advantage={args.advantage_form!r}")
+    return [*rewards, *owned], [*weights, *(1.0 for _ in owned)]
 
 
 def checked_prompts(
-    table: Any, name: str, *, args: GRPOConfig, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+    table: Any,
+    name: str,
+    *,
+    args: GRPOConfig,
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    toolbox: Toolbox | None = None,
 ) -> PromptSet:
     """The tokenized prompts of a dataset that has every column, answers that can be read, and fits into the context."""
     context = getattr(config, "max_position_embeddings", None)
@@ -90,6 +88,8 @@ def checked_prompts(
         )
     if isinstance(table, dict):
         raise ValueError(f"{name} holds several data sets ({', '.join(table)}); give one: {name}[{next(iter(table), '')!r}]")
+    if toolbox is not None:
+        table = with_environment(table, name, args, toolbox)
     table = checked_dataset(table, name)
     check_columns(scorer.rewards, table.column_names, name)
     prompts = load_prompts(
@@ -99,9 +99,30 @@ def checked_prompts(
         max_prompt_length=None if context is None else context - args.max_completion_length,
         overlong_prompts=args.overlong_prompts,
         chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+        schemas=toolbox and toolbox.schemas,
     )
     check_token_ids(prompts, name, tokenizer, config)
     return prompts if args.bad_gold_rows == "keep" else with_good_gold(prompts, name, args, scorer)
+
+
+def with_environment(table: Any, name: str, args: GRPOConfig, toolbox: Toolbox) -> Any:
+    """The rows of a run with tools: each is a chat, and an environment may bring its own prompt, or all of the data."""
+    blank = [{"role": "user", "content": ""}]
+    if table is None and toolbox.environments:
+        if len(toolbox.environments) > 1 or None not in toolbox.environments:
+            raise ValueError(
+                f"a dict of environments requires a `train_dataset` with a column 'environment' that names one of "
+                f"{', '.join(map(str, toolbox.environments))} in each row"
+            )
+        if args.max_steps <= 0:
+            raise ValueError(f"without a train_dataset max_steps says how long to train, but it is {args.max_steps}; set it")
+        table = Dataset.from_dict({"prompt": [blank] * args.prompts_per_rollout})
+    if toolbox.environments and table is not None:
+        table = Dataset.from_list(table) if isinstance(table, list) else table
+        if "prompt" not in table.column_names:
+            table = table.add_column("prompt", [blank] * len(table))
+    toolbox.check(checked_dataset(table, name))
+    return table
 
 
 def check_token_ids(prompts: PromptSet, name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

@@ -72,6 +72,7 @@ class GRPOConfig(TrainingArguments):
         "chat_template_kwargs",
         "vllm_structured_outputs_json",
         "reward_policy",
+        "tool_policy",
         "guards",
     ]
 
@@ -149,6 +150,12 @@ class GRPOConfig(TrainingArguments):
         None, f"What becomes of calls by outcome: {', '.join(f'{k}: {v}' for k, v in DEFAULT_POLICY.items())}; or stop."
     )
     reward_max_fault_share: float = option(0.2, "Stop when more of a verifier's calls over a rollout are faults.")
+    # Tools and environments
+    max_tool_calling_iterations: int | None = option(None, "Turns of an episode whose tool calls are run; None: no limit.")
+    tool_timeout: float = option(30.0, "Seconds that one call of a tool or an environment may take.")
+    tool_policy: dict | str | None = option(
+        None, "What becomes of calls that end in error, timeout or crash: 'tell' the model (default), 'drop' the episode, 'stop'."
+    )
     bad_gold_rows: str = option("error", "Rows whose own answer no verifier can read: 'error', 'drop', or 'keep' unseen.")
 
     # Objective
@@ -290,6 +297,16 @@ class GRPOConfig(TrainingArguments):
             policy=self.reward_policy or {},  # type: ignore[arg-type]
             max_fault_share=self.reward_max_fault_share,
         )
+
+    def tool_policies(self) -> dict[str, str]:
+        """What becomes of calls of tools, by outcome; raises ValueError for what cannot be."""
+        policy = self.tool_policy or {}
+        if not isinstance(policy, dict):
+            raise ValueError(f"tool_policy={policy!r} must map outcomes to what becomes of them: {{timeout: drop}}")
+        for names, known in ((policy, FAULTS), (policy.values(), POLICIES)):
+            if wrong := [name for name in names if name not in known]:
+                raise ValueError(f"tool_policy={policy!r} has {wrong[0]!r}, which is not one of {', '.join(known)}")
+        return policy
 
     def chosen_guards(self) -> dict[str, Guard]:
         """The guards of this run; raises ValueError for settings that cannot be."""

@@ -59,7 +59,11 @@ class Recorder:
         self.metrics.total("tokens/padded_equivalent", num_padded_tokens(rollout.groups) * self.num_iterations)
         if save:
             write_rollout(self.folder / "rollouts", rollout, step=step, process=self.peers.rank)
-        tokens = sum(len(group.prompt.ids) + len(item.ids) for group in rollout.groups for item in group.completions)
+        tokens = sum(
+            len(group.prompt.ids if item.prompt_ids is None else item.prompt_ids) + len(item.ids)
+            for group in rollout.groups
+            for item in group.completions
+        )
         return sum(self.peers.gather(tokens))
 
     def step(self, report: StepReport) -> dict[str, float]:

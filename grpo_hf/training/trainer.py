@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -38,10 +38,11 @@ from grpo_hf.rollout.engine import EngineLostError
 from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.planning import Plan, Update
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, prepare_tokenizer
-from grpo_hf.rollout.stream import GroupSampler, Rollout, RolloutStream
+from grpo_hf.rollout.stream import GroupSampler, Rollout, RolloutStream, SampleFunction
 from grpo_hf.rollout.vllm_support import installed_vllm
 from grpo_hf.training import callbacks as own_callbacks
 from grpo_hf.training import checkpoints, checks
+from grpo_hf.training.agents import make_episodes, make_toolbox, rollouts_of
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import make_engine, make_sampling
 from grpo_hf.training.guards import GuardError, Guards, Seen
@@ -58,8 +59,10 @@ class GRPOTrainer(Trainer):
 
     The constructor is TRL's. `model` is a name, a path or a causal LM; `reward_funcs` one or several of: a registered
     name, `package.module:function`, `path/file.py:function`, a function, a sequence-classification model. `train_dataset`
-    needs a column "prompt" (strings or chat messages); verifiers take the other columns by name. Raises ValueError for bad
-    input before any weights load.
+    needs a column "prompt" (strings or chat messages); verifiers take the other columns by name. `tools` are functions that
+    the model may call in its answers; `environment_factory` makes an object with a state for each episode, whose methods are
+    its tools, or maps names, which rows choose by their column "environment", to such factories; a `rollout_func` makes
+    completions itself. Raises ValueError for bad input before any weights load.
     """
 
     args: GRPOConfig  # type: ignore[assignment]
@@ -80,15 +83,22 @@ class GRPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
-        **unsupported: Any,
+        tools: list[Callable[..., Any]] | None = None,
+        rollout_func: Callable[[list[Any], GRPOTrainer], dict[str, Any]] | None = None,
+        environment_factory: Any = None,
     ):
-        checks.refuse_arguments(unsupported)
         args = args or GRPOConfig()
         checks.check_reference(args, lora=peft_config is not None or isinstance(model, PeftModel))
         if args.use_vllm and args.vllm_mode == "colocate":
             installed_vllm()
         self.metrics = Metrics()
-        self.rewards, self.reward_weights = checks.checked_rewards(reward_funcs, args, reward_processing_classes)
+        self.toolbox = make_toolbox(tools, environment_factory, args)
+        self.rollout_func = rollout_func
+        if self.toolbox is not None and rollout_func is not None:
+            raise ValueError("a rollout_func makes whole completions, so it calls tools itself: give it, or tools and environments")
+        self.rewards, self.reward_weights = checks.checked_rewards(
+            reward_funcs, args, reward_processing_classes, owned=self.toolbox.rewards if self.toolbox else ()
+        )
         self.scorer = Scorer(self.rewards, self.reward_weights, args.reward_settings())
         init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         if quantization_config is not None:
@@ -96,7 +106,12 @@ class GRPOTrainer(Trainer):
         shared = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
         tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, **shared))
         self._check = partial(
-            checks.checked_prompts, args=args, scorer=self.scorer, tokenizer=tokenizer, config=load_config(model, **shared)
+            checks.checked_prompts,
+            args=args,
+            scorer=self.scorer,
+            tokenizer=tokenizer,
+            config=load_config(model, **shared),
+            toolbox=self.toolbox,
         )
         self.prompts = train = self._check(train_dataset, "train_dataset")
         checks.check_enough_prompts(train, args)
@@ -217,11 +232,16 @@ class GRPOTrainer(Trainer):
             peers=self.peers,
             sharded=self.policy.sharded,
         )
+        episodes: SampleFunction | None = None
+        if self.rollout_func is not None:
+            episodes = rollouts_of(self.rollout_func, self)
+        elif self.toolbox is not None:
+            episodes = make_episodes(engine, self.toolbox, args, tokenizer, max_model_length=length)
         seed = args.seed if args.data_seed is None else args.data_seed
         return RolloutStream(
             prompts=self.prompts,
             order=PromptOrder(len(self.prompts), args.prompts_per_rollout, seed, args.shuffle_dataset),
-            sampler=GroupSampler(engine, tokenizer, self.scorer, self.metrics),
+            sampler=GroupSampler(engine, tokenizer, self.scorer, self.metrics, episodes),
             sampling=sampling,
             num_generations=args.num_generations,
             peers=self.peers,

@@ -8,7 +8,6 @@ TRL_ONLY: dict[str, str] = {
     "generation_kwargs": "use temperature, top_p, top_k, min_p and repetition_penalty",
     "multi_objective_aggregation": "advantage='gdpo' normalizes each reward before the sum, the other forms after it",
     "top_entropy_quantile": "every token counts; use entropy_coef for exploration",
-    "max_tool_calling_iterations": "completions are single-turn here",
     "off_policy_mask_threshold": "use delta, or fewer updates per rollout",
     "log_multimodal": "this trainer is for text-only models",
     "log_unique_prompts": "all samples are in <output_dir>/rollouts/*.parquet",

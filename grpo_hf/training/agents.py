@@ -1,0 +1,99 @@
+"""What samples a trainer's groups where one answer of the engine is not all: tools and environments, or a rollout function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo_hf.episodes.chat import Chat
+from grpo_hf.episodes.episode import Rules, play
+from grpo_hf.episodes.sampler import EpisodeSampler
+from grpo_hf.episodes.toolbox import Toolbox, ToolSettings
+from grpo_hf.rollout.engine import Engine, Sampling
+from grpo_hf.rollout.stream import SampleFunction
+from grpo_hf.training.config import GRPOConfig
+from grpo_hf.types import Completion, Prompt
+
+
+def make_toolbox(
+    tools: list[Callable[..., Any]] | None, environments: Any, args: GRPOConfig
+) -> Toolbox | None:
+    """The tools and environments of a run; None without any."""
+    if not tools and not environments:
+        return None
+    settings = ToolSettings(
+        timeout=args.tool_timeout,
+        memory_gb=args.reward_memory_gb,
+        workers=args.reward_workers,
+        concurrency=args.reward_concurrency,
+    )
+    return Toolbox(tools, environments, settings)
+
+
+def make_episodes(
+    engine: Engine, toolbox: Toolbox, args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, *, max_model_length: int
+) -> SampleFunction:
+    """Episodes with tools on an engine."""
+    rules = Rules(
+        max_completion_length=args.max_completion_length,
+        max_model_length=max_model_length,
+        max_tool_calling_iterations=args.max_tool_calling_iterations,
+        policy=args.tool_policies(),
+    )
+    chat = Chat(tokenizer, chat_template_kwargs=args.chat_template_kwargs)  # type: ignore[arg-type]
+    return EpisodeSampler(engine, partial(play, chat=chat, toolbox=toolbox, rules=rules))
+
+
+RETURNED = ("prompt_ids", "completion_ids", "logprobs")
+"""What a rollout function returns: a list with an entry for each prompt that it was given."""
+
+
+def rollouts_of(function: Callable[[list[Any], Any], dict[str, Any]], trainer: Any) -> SampleFunction:
+    """A rollout function as what samples: `function(prompts, trainer)` with each prompt repeated for its group (TRL's).
+
+    ``env_mask`` (optional) has a 1 for each completion id that the model sampled and 0 for the others; any other key is a
+    column for the verifiers. ``logprobs`` are of all completion ids, in nats; those of ids with mask 0 are not read.
+    """
+
+    def sample(
+        prompts: list[Prompt], seeds: list[int], num_generations: int, sampling: Sampling
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        asked = [prompt.raw for prompt in prompts for _ in range(num_generations)]
+        output = dict(function(asked, trainer)) if asked else {}
+        if asked and (missing := sorted(set(RETURNED) - output.keys())):
+            raise ValueError(f"rollout_func must return keys {missing} in its output dict.")
+        lengths = {name: len(values) for name, values in output.items() if values is not None}
+        if wrong := {name: length for name, length in lengths.items() if length != len(asked)}:
+            raise ValueError(f"rollout_func was given {len(asked)} prompts and returned {wrong}; return one entry for each")
+        for number in range(len(prompts)):
+            places = range(number * num_generations, (number + 1) * num_generations)
+            yield number, [_completion({name: v and v[place] for name, v in output.items()}, sampling) for place in places]
+
+    return sample
+
+
+def _completion(made: dict[str, Any], sampling: Sampling) -> Completion:
+    ids, mask = [int(token) for token in made.pop("completion_ids")], made.pop("env_mask", None)
+    is_sampled = None if mask is None else [bool(flag) for flag in mask]
+    logprobs = made.pop("logprobs")
+    for name, values in (("env_mask", is_sampled), ("logprobs", logprobs)):
+        if values is not None and len(values) != len(ids):
+            raise ValueError(f"rollout_func returned {len(values)} {name} for {len(ids)} completion_ids; return one for each")
+    own = None if logprobs is None else [_first(x) for x, wanted in zip(logprobs, is_sampled or [True] * len(ids)) if wanted]
+    return Completion(
+        ids=ids,
+        truncated=not ids or ids[-1] not in sampling.stop_token_ids,
+        rollout_logprobs=own,
+        is_sampled=is_sampled,
+        prompt_ids=[int(token) for token in made.pop("prompt_ids")],
+        columns=made,
+    )
+
+
+def _first(logprob: Any) -> float | None:
+    """A log-prob, or the first of a list: the sampled token's comes before those of other candidates."""
+    value = logprob[0] if isinstance(logprob, list | tuple) else logprob
+    return None if value is None else float(value)
