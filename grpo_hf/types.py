@@ -32,6 +32,10 @@ class Prompt:
     """Row number in the dataset."""
 
 
+CALL_FAILURES = ("error", "timeout", "crash")
+"""How a tool's call can end but for ok: it raised or was asked for wrongly, ran past its deadline, or its process died."""
+
+
 @dataclass
 class ToolCall:
     """A function that the model asked for, and what became of it."""
@@ -41,7 +45,7 @@ class ToolCall:
     arguments: dict[str, Any]
     """By the names of its parameters."""
     outcome: str = ""
-    """How it ended: ok, error, timeout or crash; "" where it was not run."""
+    """How it ended: ok, or one of CALL_FAILURES; "" where it was not run."""
     content: str = ""
     """What the model was told."""
     seconds: float = 0.0
@@ -106,6 +110,8 @@ class Completion:
     """Which of ``ids`` the model sampled, where some are what tools answered; None: all."""
     prompt_ids: list[int] | None = None
     """The prompt's ids where they are its own, since an environment has said something to it; None: the group's."""
+    prompt_messages: list[Message] | None = None
+    """The same as messages; None: the group's."""
     earlier: list[Branch] = field(default_factory=list)
     """Histories that were rewritten between two turns; none of their sampled ids is among ``ids`` as sampled."""
     messages: list[Message] | None = None

@@ -176,6 +176,7 @@ def _play(
     return history.completion(
         truncated=truncated,
         text=text,
+        prompt_messages=asked,
         messages=said,
         turns=turns,
         environment=ending,

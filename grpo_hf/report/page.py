@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import math
 from collections import Counter
@@ -187,8 +188,36 @@ def _card(row: Row) -> str:
     lines = [facts, scores, extra]
     items = ("".join(f"<span>{escape(k)} <b>{escape(v)}</b></span>" for k, v in line.items()) for line in lines)
     shown = "".join(f'<p class="facts">{line}</p>' for line in items if line)
-    texts = "".join(f"<h4>{name}</h4>{_text(row[name.lower()])}" for name in ("Prompt", "Completion"))
-    return f"<article>{shown}{texts}</article>"
+    texts = [("Prompt", row["prompt"]), ("Completion", row["completion"])]
+    if row.get("messages"):
+        texts = conversation(json.loads(row["messages"]), json.loads(row.get("turns") or "[]"))
+    return f"<article>{shown}{''.join(f'<h4>{escape(name)}</h4>{_text(text)}' for name, text in texts)}</article>"
+
+
+def conversation(messages: list[dict[str, Any]], turns: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """A heading and a text for each message: who said it, with a turn's tokens and seconds, and how a tool's call ended."""
+    numbered = iter(turns)
+    calls: list[dict[str, Any]] = []
+    parts = []
+    for message in messages:
+        heading, text = str(message["role"]), message.get("content") or ""
+        if message["role"] == "assistant" and (turn := next(numbered, None)):
+            heading += f", {turn['num_tokens']:,} tokens, {turn['seconds']:.2f} s"
+            calls = list(turn["calls"])
+            asked = (f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)[1:-1]})" for call in calls)
+            text = "\n".join(filter(None, [_plain(text), *asked]))
+        elif message["role"] == "tool" and calls:
+            call = calls.pop(0)
+            heading = f"{call['name']}: {call['outcome']}, {call['seconds']:.2f} s"
+        parts.append((heading, _plain(text)))
+    return parts
+
+
+def _plain(content: Any) -> str:
+    """A message's content as text; of blocks the text in each."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(block.get("text", str(block)) if isinstance(block, dict) else str(block) for block in content)
 
 
 def _outcome(row: Row, name: str) -> str:

@@ -172,7 +172,7 @@ def sample_of(prompt: Prompt, completion: Completion) -> Sample:
     """Show a completion as a verifier sees it, in TRL's form for chat prompts."""
     chat = [{"role": "assistant", "content": completion.text}] if completion.messages is None else completion.messages
     return Sample(
-        prompt=prompt.raw,
+        prompt=prompt.raw if completion.prompt_messages is None else completion.prompt_messages,
         completion=completion.text if isinstance(prompt.raw, str) else chat,
         text=completion.text,
         completion_ids=completion.ids,

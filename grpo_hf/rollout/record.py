@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
+from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from grpo_hf.rollout.dynamic import is_informative
 from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.planning import num_sampled
 from grpo_hf.rollout.stream import Rollout
-from grpo_hf.types import Completion, Group
+from grpo_hf.types import CALL_FAILURES, Completion, Group, Prompt, ToolCall
 
 logger = logging.get_logger(__name__)
 
@@ -37,6 +40,7 @@ def write_rollout(folder: Path, rollout: Rollout, *, step: int, process: int) ->
             rows.append(
                 {"step": step, "rollout": rollout.index, "weights": rollout.version, "process": process}
                 | {"prompt": prompt, "completion": item.text, "length": num_sampled(item), "truncated": item.truncated}
+                | conversation(group.prompt, item)
                 | {f"rewards/{name}": value for name, value in item.rewards.items()}
                 | {f"outcomes/{name}": outcome for name, outcome in item.outcomes.items()}
                 | {"reward": item.reward, "advantage": item.advantage}
@@ -48,6 +52,35 @@ def write_rollout(folder: Path, rollout: Rollout, *, step: int, process: int) ->
     pq.write_table(pa.Table.from_pylist(rows), partial)
     os.replace(partial, path)
     return path
+
+
+def conversation(prompt: Prompt, item: Completion) -> dict[str, str | None]:
+    """Chats as JSON: the messages of prompt and completion, and of an episode its turns, with their calls."""
+    if isinstance(prompt.raw, str):
+        return {"messages": None, "turns": None}
+    said = [{"role": "assistant", "content": item.text}] if item.messages is None else item.messages
+    turns = json.dumps([asdict(turn) for turn in item.turns], default=str) if item.turns else None
+    asked = prompt.raw if item.prompt_messages is None else item.prompt_messages
+    return {"messages": json.dumps([*asked, *said], default=str, ensure_ascii=False), "turns": turns}
+
+
+def record_calls(metrics: Metrics, groups: list[Group]) -> None:
+    """How often tools were called, how their calls ended and how long they took; under TRL's names where it has them."""
+    completions = [item for group in groups for item in group.completions if item.turns]
+    calls = [call for item in completions for turn in item.turns for call in turn.calls if call.outcome]
+    if not completions:
+        return
+    metrics.mean("tools/call_frequency", len(calls), len(completions))
+    metrics.mean("tools/failure_frequency", sum(call.outcome != "ok" for call in calls), max(len(calls), 1))
+    metrics.mean("tools/turns", sum(len(item.turns) for item in completions), len(completions))
+    by_name: dict[str, list[ToolCall]] = defaultdict(list)
+    for call in calls:
+        by_name[call.name].append(call)
+    for name, own in by_name.items():
+        for outcome in ("ok", *CALL_FAILURES):
+            metrics.mean(f"tools/{name}/outcomes/{outcome}", sum(call.outcome == outcome for call in own), len(own))
+        metrics.mean(f"tools/{name}/seconds/mean", math.fsum(call.seconds for call in own), len(own))
+        metrics.maximum(f"tools/{name}/seconds/max", max(call.seconds for call in own))
 
 
 def _extra_columns(completions: list[Completion]) -> dict[str, list[Any]]:
@@ -67,6 +100,7 @@ def record_rollout(metrics: Metrics, rollout: Rollout, peers: Peers) -> None:
     everyone = summarize_all(rollout.groups, peers)
     record_groups(metrics, everyone)
     record_outcomes(metrics, rollout.tally)
+    record_calls(metrics, rollout.sampled)
     signal = [any(item["advantage"] for item in group) for group in everyone]
     metrics.mean("frac_zero_signal_groups", len(signal) - sum(signal), len(signal))
     metrics.total("tokens/sampled", num_tokens(rollout.sampled))
