@@ -17,7 +17,7 @@ from grpo_hf.metrics import Metrics
 from grpo_hf.rewards import Scorer
 from grpo_hf.rewards.faults import Tally, merged
 from grpo_hf.rollout.dynamic import Choice, Draw, Memory, chosen, is_informative, pass_rate
-from grpo_hf.rollout.engine import Engine, Sampling
+from grpo_hf.rollout.engine import Engine, Sampling, sample_groups
 from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.planning import Update, scores_of
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, derived_seed
@@ -31,7 +31,7 @@ class PendingGroups:
     groups: list[Group]
     """Without completions as yet."""
     completions: Iterable[tuple[int, list[Completion]]]
-    """See Engine.sample: the completions of groups by their number, as they finish."""
+    """The completions of groups by their number, as they finish."""
 
     def wait(self) -> None:
         """Until all completions are there, so that the engine may be given other weights."""
@@ -59,7 +59,7 @@ class GroupSampler:
 
     def start(self, prompts: list[Prompt], seeds: list[int], num_generations: int, sampling: Sampling) -> PendingGroups:
         """Ask the engine for groups; one that is elsewhere works on them from now on."""
-        asked = self.engine.sample([prompt.ids for prompt in prompts], seeds, num_generations, sampling)
+        asked = sample_groups(self.engine, [prompt.ids for prompt in prompts], seeds, num_generations, sampling)
         return PendingGroups([Group(prompt, []) for prompt in prompts], asked)
 
     def finish(self, pending: PendingGroups, *, trainer_state: Any = None) -> tuple[list[Group], Tally]:

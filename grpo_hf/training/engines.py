@@ -32,11 +32,15 @@ def make_engine(
     if not args.use_vllm:
         assert tokenizer.pad_token_id is not None
         return TransformersEngine(
-            model, pad_token_id=tokenizer.pad_token_id, tokenizer=tokenizer, dtype=args.compute_dtype, together=sharded
+            model,
+            pad_token_id=tokenizer.pad_token_id,
+            tokenizer=tokenizer,
+            dtype=args.compute_dtype,
+            peers=peers if sharded else None,
         )
     shared: dict[str, Any] = {
         "sampling": sampling,
-        "max_prompt_length": max(len(ids) for part in prompts for ids in part.ids),
+        "max_model_length": max(len(ids) for part in prompts for ids in part.ids) + sampling.max_completion_length,
         "dtype": args.compute_dtype,
         "lora_sync": args.vllm_lora_sync,
     }
