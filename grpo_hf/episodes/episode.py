@@ -145,9 +145,10 @@ def _play(
     while True:
         began = time.perf_counter()
         turn_seed = derived_seed(seed, "turn", len(turns)) if turns else seed
-        answer: Completion = yield Ask(history.ids, turn_seed, room - history.length)
+        context = history.ids
+        answer: Completion = yield Ask(context, turn_seed, room - history.length)
         history.sampled(answer)
-        message, calls = chat.read(answer.ids)
+        message, calls = chat.read(answer.ids, schemas, context)
         said.append(message)
         turns.append(turn := Turn(len(answer.ids), answer.truncated, seconds=time.perf_counter() - began))
         truncated = answer.truncated

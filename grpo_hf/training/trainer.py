@@ -44,7 +44,7 @@ from grpo_hf.training import callbacks as own_callbacks
 from grpo_hf.training import checkpoints, checks
 from grpo_hf.training.agents import make_episodes, make_toolbox, rollouts_of
 from grpo_hf.training.config import GRPOConfig
-from grpo_hf.training.engines import make_engine, make_sampling
+from grpo_hf.training.engines import longest_sequence, make_engine, make_sampling
 from grpo_hf.training.guards import GuardError, Guards, Seen
 from grpo_hf.training.models import causal_lm, is_sharded, load_config, load_model, load_tokenizer
 from grpo_hf.training.policy import Policy, with_logprobs
@@ -223,11 +223,17 @@ class GRPOTrainer(Trainer):
     def _make_stream(self, tokenizer: PreTrainedTokenizerBase) -> RolloutStream:
         args = self.args
         sampling = make_sampling(args, tokenizer, causal_lm(self.model))
+        length = longest_sequence(
+            [self.prompts, *self.eval_prompts.values()],
+            args.max_completion_length,
+            causal_lm(self.model).config,
+            observations=self.toolbox is not None and bool(self.toolbox.environments),
+        )
         engine = make_engine(
             self.model,
             args,
             sampling=sampling,
-            prompts=[self.prompts, *self.eval_prompts.values()],
+            max_model_length=length,
             tokenizer=tokenizer,
             peers=self.peers,
             sharded=self.policy.sharded,
