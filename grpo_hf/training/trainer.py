@@ -42,7 +42,7 @@ from grpo_hf.rollout.stream import GroupSampler, Rollout, RolloutStream, SampleF
 from grpo_hf.rollout.vllm_support import installed_vllm
 from grpo_hf.training import callbacks as own_callbacks
 from grpo_hf.training import checkpoints, checks
-from grpo_hf.training.agents import make_episodes, make_toolbox, rollouts_of
+from grpo_hf.training.agents import make_episodes, make_toolbox, rewards_of, rollouts_of
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import longest_sequence, make_engine, make_sampling
 from grpo_hf.training.guards import GuardError, Guards, Seen
@@ -97,7 +97,7 @@ class GRPOTrainer(Trainer):
         if self.toolbox is not None and rollout_func is not None:
             raise ValueError("a rollout_func makes whole completions, so it calls tools itself: give it, or tools and environments")
         self.rewards, self.reward_weights = checks.checked_rewards(
-            reward_funcs, args, reward_processing_classes, owned=self.toolbox.rewards if self.toolbox else ()
+            reward_funcs, args, reward_processing_classes, owned=rewards_of(self.toolbox)
         )
         self.scorer = Scorer(self.rewards, self.reward_weights, args.reward_settings())
         init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
