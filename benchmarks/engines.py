@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo_hf.rollout.engine import Engine, Sampling
+from grpo_hf.rollout.engine import Engine, Sampling, sample_groups
 from grpo_hf.rollout.transformers_engine import TransformersEngine
 from grpo_hf.rollout.vllm_engine import VLLMEngine
 from grpo_hf.rollout.vllm_server import VLLMServerEngine
@@ -70,17 +70,18 @@ def tokens_per_second(engine: Engine, round: int) -> float:
     prompts = torch.randint(1, 4096, (PROMPTS, PROMPT_LENGTH), generator=generator).tolist()
     seeds = [1000 * round + GROUP_SIZE * n for n in range(PROMPTS)]
     start = time.perf_counter()
-    tokens = sum(len(item.ids) for _, group in engine.sample(prompts, seeds, GROUP_SIZE, SAMPLING) for item in group)
+    groups = sample_groups(engine, prompts, seeds, GROUP_SIZE, SAMPLING)
+    tokens = sum(len(item.ids) for _, group in groups for item in group)
     return tokens / (time.perf_counter() - start)
 
 
 def measure_sync(make: MakeEngine, model: nn.Module, lora_sync: str, repeats: int) -> dict[str, float]:
     """Seconds of a sync after the first, which sends everything; and its bytes."""
     seconds: list[float] = []
-    engine = make(model, version=lambda: len(seconds), lora_sync=lora_sync)
-    for _ in range(repeats + 1):
+    engine = make(model, lora_sync=lora_sync)
+    for version in range(repeats + 1):
         start = time.perf_counter()
-        engine.sync_weights()
+        engine.sync_weights(version)
         seconds.append(time.perf_counter() - start)
     sent = adapter_weights(model).values() if lora_sync == "adapter" else dict(_changed(model)).values()
     return {"seconds": statistics.median(seconds[1:]), "first_s": seconds[0], "bytes": sum(value.nbytes for value in sent)}
@@ -90,9 +91,9 @@ def _changed(model: nn.Module) -> EngineWeights:
     return EngineWeights(model, torch.float32, everything=False)
 
 
-def in_process(engine: VLLMEngine, model: nn.Module, *, version: Callable[[], int], lora_sync: str = "merge") -> VLLMEngine:
+def in_process(engine: VLLMEngine, model: nn.Module, *, lora_sync: str = "merge") -> VLLMEngine:
     """The one engine that a process can have, with the weights of another model."""
-    engine.weights = type(engine.weights)(model, torch.float32, version, lora_sync)
+    engine.weights = type(engine.weights)(model, torch.float32, lora_sync)
     engine.adapter = {}
     return engine
 
@@ -101,8 +102,8 @@ def measure(size: str, repeats: int) -> dict[str, Any]:
     """All engines on one model, in turns; then the syncs."""
     model, adapted = make_model(size), make_model(size, lora=True)
     length = PROMPT_LENGTH + SAMPLING.max_completion_length
-    shared: dict[str, Any] = {"sampling": SAMPLING, "max_prompt_length": PROMPT_LENGTH}
-    vllm = VLLMEngine(adapted, version=lambda: 0, lora_sync="adapter", **shared)
+    shared: dict[str, Any] = {"sampling": SAMPLING, "max_model_length": length}
+    vllm = VLLMEngine(adapted, lora_sync="adapter", **shared)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         options = ("--enable-lora", "--max-lora-rank", str(RANK))
         server = Server(Path(folder), *options, model=make_model(size), max_model_len=length)
@@ -119,15 +120,15 @@ def measure(size: str, repeats: int) -> dict[str, Any]:
         result: dict[str, Any] = {"weights": model.num_parameters(), "tokens_per_second": {}, "sync": {}}
         turns: dict[str, Callable[[], Engine]] = {
             "transformers": lambda: TransformersEngine(model, pad_token_id=0),
-            "vllm": lambda: at_home(model, version=lambda: 0),
-            "server": lambda: on_server(model, version=lambda: 0),
-            "vllm, adapter": lambda: at_home(adapted, version=lambda: 0, lora_sync="adapter"),
+            "vllm": lambda: at_home(model),
+            "server": lambda: on_server(model),
+            "vllm, adapter": lambda: at_home(adapted, lora_sync="adapter"),
         }
         rates: dict[str, list[float]] = {name: [] for name in turns}
         for round in range(repeats + 1):
             for name, make in turns.items():
                 engine = make()
-                engine.sync_weights()
+                engine.sync_weights(0)
                 rates[name].append(tokens_per_second(engine, round))
         for name, values in rates.items():
             spread = [min(values[1:]), max(values[1:])]

@@ -118,8 +118,10 @@ class Completion:
     """What was said after the prompt, tools' answers included; None without tools."""
     turns: list[Turn] = field(default_factory=list)
     """The model's answers one by one; none without tools."""
+    reset: ToolCall | None = None
+    """How its environment began; None without one."""
     environment: Any = None
-    """How the episode's environment has ended; None without one."""
+    """How its environment ended, a grpo_hf.episodes Finished; None without one."""
     columns: dict[str, Any] = field(default_factory=dict)
     """What a rollout function said of it beside its ids; verifiers take it as they take the row's columns."""
 
@@ -147,7 +149,7 @@ class Sample:
     row: dict[str, Any]
     """All columns of the dataset row."""
     environment: Any = None
-    """The environment as the episode has left it; None without one."""
+    """How the episode's environment ended, and what it says of its reward; None without one."""
 
 
 @dataclass(frozen=True, eq=False)

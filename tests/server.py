@@ -88,5 +88,5 @@ class Server:
 
 def engine_of(server: Server, model: nn.Module, sampling: Sampling = SAMPLING, **options: Any) -> VLLMServerEngine:
     """An engine that samples there."""
-    settings = {"timeout": 60.0, "sampling": sampling, "max_prompt_length": 40} | options
+    settings = {"timeout": 60.0, "sampling": sampling, "max_model_length": 60} | options
     return VLLMServerEngine(model, base_url=server.url, **settings)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from grpo_hf.rewards import Scorer, get_rewards
@@ -28,21 +29,39 @@ class FakeEngine:
         self.asked: list[list[int]] = []
         """The first token of each prompt, by round of sampling."""
         self.seeds: list[list[int]] = []
+        self.answered = 0
+        """Groups."""
 
     def sync_weights(self, version: int) -> None:
         self.synced.append(version)
 
-    def sample(
-        self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        self.asked.append([ids[0] for ids in prompts])
-        self.seeds.append(seeds)
-        for number in reversed(range(len(prompts))):
-            answers = (self.answer(prompts[number], seeds[number], n) for n in range(num_generations))
-            yield number, [Completion(ids, truncated=False) for ids in answers]
+    @contextmanager
+    def requests(self, sampling: Sampling) -> Iterator[FakeRequests]:
+        self.asked.append([])
+        self.seeds.append([])
+        yield FakeRequests(self)
 
     def abort(self) -> None:
         """Nothing to give up."""
+
+
+class FakeRequests:
+    """The last that was asked for is answered first, one at a time."""
+
+    patience = 0.0
+
+    def __init__(self, engine: FakeEngine):
+        self.engine, self.waiting = engine, []
+
+    def add(self, key: Hashable, ids: list[int], seed: int, count: int = 1, max_tokens: int | None = None) -> None:
+        self.engine.asked[-1].append(ids[0])
+        self.engine.seeds[-1].append(seed)
+        self.waiting.append((key, ids, seed, count))
+
+    def finished(self, timeout: float | None = None) -> list[tuple[Hashable, list[Completion]]]:
+        key, ids, seed, count = self.waiting.pop()
+        self.engine.answered += 1
+        return [(key, [Completion(self.engine.answer(ids, seed, n), truncated=False) for n in range(count)])]
 
 
 def make_stream(

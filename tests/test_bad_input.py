@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -380,12 +381,23 @@ class WithLogprobs:
     def abort(self) -> None:
         self.engine.abort()
 
-    def sample(self, prompts: Any, seeds: Any, num_generations: int, sampling: Any) -> Any:
-        for number, completions in self.engine.sample(prompts, seeds, num_generations, sampling):
+    @contextmanager
+    def requests(self, sampling: Any) -> Iterator[Any]:
+        with self.engine.requests(sampling) as self.asked:
+            self.prompts: dict[Any, list[int]] = {}
+            yield self
+
+    def add(self, key: Any, ids: list[int], *more: Any) -> None:
+        self.prompts[key] = ids
+        self.asked.add(key, ids, *more)
+
+    def finished(self) -> list[Any]:
+        groups = self.asked.finished()
+        for key, completions in groups:
             for item in completions:
-                ids = torch.tensor([prompts[number] + item.ids])
+                ids = torch.tensor([self.prompts[key] + item.ids])
                 with torch.no_grad():
-                    logits = self.trainer.model.eval()(ids).logits[0, len(prompts[number]) - 1 : -1]
+                    logits = self.trainer.model.eval()(ids).logits[0, len(self.prompts[key]) - 1 : -1]
                 found = token_logprobs(logits, torch.tensor(item.ids)).tolist()
                 item.rollout_logprobs = [found[0] if self.first == 0.0 else self.first, *found[1:]]
-            yield number, completions
+        return groups

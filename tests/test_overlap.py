@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +43,32 @@ class PatientEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def sample(
-        self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling
-    ) -> Iterator[tuple[int, list[Completion]]]:
+    @contextmanager
+    def requests(self, sampling: Sampling) -> Iterator[PatientRequests]:
         """The engine's groups, one by one."""
-        earlier = self.count()
-        for place, group in enumerate(self.engine.sample(prompts, seeds, num_generations, sampling)):
-            deadline = time.monotonic() + PATIENCE
-            while self.count() - earlier < place * num_generations and time.monotonic() < deadline:
-                time.sleep(0.01)
-            self.scored_before.append(self.count() - earlier)
-            yield group
+        with self.engine.requests(sampling) as requests:
+            yield PatientRequests(self, requests)
 
     def count(self) -> int:
         return self.calls.read_text().count("\n") if self.calls.exists() else 0
+
+
+class PatientRequests:
+    """See PatientEngine."""
+
+    def __init__(self, engine: PatientEngine, requests: Any):
+        self.engine, self.requests, self.add = engine, requests, requests.add
+        self.earlier, self.handed_on, self.made = engine.count(), 0, []
+
+    def finished(self) -> list[tuple[Any, list[Completion]]]:
+        self.made = self.made or self.requests.finished()
+        deadline = time.monotonic() + PATIENCE
+        while self.engine.count() - self.earlier < self.handed_on and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.engine.scored_before.append(self.engine.count() - self.earlier)
+        group, *self.made = self.made
+        self.handed_on += len(group[1])
+        return [group]
 
 
 def test_scoring_overlaps_sampling(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from grpo_hf.rollout.engine import Sampling
+from grpo_hf.rollout.engine import Sampling, sample_groups
 from grpo_hf.rollout.transformers_engine import SeededSampling, TransformersEngine, cut_at_stop
 from grpo_hf.types import Completion
 from tests.samples import VOCAB
@@ -20,7 +20,8 @@ def sample(model, prompts, seeds, n: int = 1, **options) -> list[list[Completion
     settings = {"max_completion_length": 6, "stop_token_ids": STOPS} | options
     engine = TransformersEngine(model, pad_token_id=VOCAB - 2, tokenizer=tiny_tokenizer())
     engine.sync_weights(0)
-    return [group for _, group in sorted(engine.sample(prompts, seeds, n, Sampling(**settings)), key=lambda item: item[0])]
+    groups = dict(sample_groups(engine, prompts, seeds, n, Sampling(**settings)))
+    return [groups[number] for number in range(len(prompts))]
 
 
 def ids(groups: list[list[Completion]]) -> list[list[list[int]]]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from grpo_hf.rollout.engine import sample_groups
 from grpo_hf.rollout.transformers_engine import cut_at_text
 from grpo_hf.rollout.vllm_engine import VLLMEngine, as_it_was, same_random_state
 from grpo_hf.rollout.vllm_support import BATCHED_TOKENS
@@ -74,7 +75,7 @@ def test_temperature_0_is_the_arg_max(engine: VLLMEngine) -> None:
 
 def test_groups_are_handed_on_as_they_finish(engine: VLLMEngine) -> None:
     seen = []
-    for number, completions in engine.sample(PROMPTS, SEEDS, 4, SAMPLING):
+    for number, completions in sample_groups(engine, PROMPTS, SEEDS, 4, SAMPLING):
         seen.append((number, len(completions), engine.llm.llm_engine.has_unfinished_requests()))
     assert sorted(number for number, _, _ in seen) == [0, 1, 2]
     assert [(size, going_on) for _, size, going_on in seen] == [(4, True), (4, True), (4, False)]
@@ -82,7 +83,7 @@ def test_groups_are_handed_on_as_they_finish(engine: VLLMEngine) -> None:
 
 def test_an_abandoned_sample_leaves_nothing_behind(engine: VLLMEngine) -> None:
     expected = ids(sample(engine))
-    groups = engine.sample(PROMPTS, SEEDS, 4, SAMPLING)
+    groups = sample_groups(engine, PROMPTS, SEEDS, 4, SAMPLING)
     next(groups)
     groups.close()
     assert not engine.llm.llm_engine.has_unfinished_requests()
@@ -94,17 +95,17 @@ def test_a_stale_engine_is_not_sampled_from(engine: VLLMEngine) -> None:
     weights.run(0, lambda tensors: pytest.fail("sent the same weights again"), pytest.fail)
     update(weights.model, 1)
     with pytest.raises(StaleEngineError, match=r"those after update 0.*call sync_weights"):
-        engine.sample(PROMPTS, SEEDS, 4, SAMPLING)
+        sample_groups(engine, PROMPTS, SEEDS, 4, SAMPLING)
     engine.sync_weights(1)
     sample(engine)
     with torch.no_grad():  # the number of updates is the same
         next(weights.model.parameters()).mul_(2)
     with pytest.raises(StaleEngineError, match="those after update 1"):
-        engine.sample(PROMPTS, SEEDS, 4, SAMPLING)
+        sample_groups(engine, PROMPTS, SEEDS, 4, SAMPLING)
     with pytest.raises(KeyError):
         weights.run(1, lambda tensors: {}["no such engine"], pytest.fail)
     with pytest.raises(StaleEngineError, match="none"):
-        engine.sample(PROMPTS, SEEDS, 4, SAMPLING)
+        sample_groups(engine, PROMPTS, SEEDS, 4, SAMPLING)
 
 
 def test_what_was_sampled_before_an_update_is_not_taken_from_the_cache(engine: VLLMEngine) -> None:
@@ -125,7 +126,7 @@ def test_more_prompts_than_one_step_takes(engine: VLLMEngine) -> None:
 
 def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(engine: VLLMEngine) -> None:
     with pytest.raises(ValueError, match="make 61 tokens, but vLLM was started for 60"):
-        engine.sample([[1] * 41], [0], 1, SAMPLING)
+        sample_groups(engine, [[1] * 41], [0], 1, SAMPLING)
 
 
 def random_state() -> tuple:
@@ -140,7 +141,7 @@ def filtered_engine() -> VLLMEngine:
     random.seed(5)
     np.random.seed(5)
     before = random_state(), torch.get_num_threads(), torch.set_num_threads, os.environ.get("LD_PRELOAD")
-    engine = VLLMEngine(vllm_model(seed=3), sampling=sampling, max_prompt_length=40)
+    engine = VLLMEngine(vllm_model(seed=3), sampling=sampling, max_model_length=60)
     torch.manual_seed(5)  # vllm_model has used it
     assert before == (random_state(), torch.get_num_threads(), torch.set_num_threads, os.environ.get("LD_PRELOAD"))
     engine.sync_weights(0)
@@ -151,7 +152,7 @@ def test_the_trainers_random_state_is_untouched(engine: VLLMEngine, filtered_eng
     before = random_state()
     serve(engine, engine.weights.model)
     engine.sync_weights(7)
-    for _ in engine.sample(PROMPTS, SEEDS, 4, SAMPLING):
+    for _ in sample_groups(engine, PROMPTS, SEEDS, 4, SAMPLING):
         assert random_state() == before
     assert random_state() == before
     with same_random_state(), as_it_was():
@@ -221,4 +222,4 @@ def test_what_the_cpu_kernels_cannot_do_is_refused() -> None:
     model = vllm_model()
     model.config.head_dim = 8
     with pytest.raises(ValueError, match="no attention for heads of size 8, only for 32"):
-        VLLMEngine(model, sampling=SAMPLING, max_prompt_length=40)
+        VLLMEngine(model, sampling=SAMPLING, max_model_length=60)

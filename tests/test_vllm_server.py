@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from grpo_hf.cli.serve import check_port
-from grpo_hf.rollout.engine import EngineLostError
+from grpo_hf.rollout.engine import EngineLostError, sample_groups
 from grpo_hf.rollout.vllm_client import VLLMClient
 from grpo_hf.rollout.vllm_server import VLLMServerEngine
 from grpo_hf.rollout.vllm_transfer import start_update
@@ -65,7 +65,8 @@ def test_stop_strings_and_structured_outputs(server: Server) -> None:
         first = next((place for place, token in enumerate(before.ids) if token in ends), None)
         assert after.ids == before.ids[: None if first is None else first + 1]
     eos = SAMPLING.stop_token_ids[-1:]
-    (group,) = dict(engine.sample([[5]], [1], 8, replace(SAMPLING, stop_token_ids=eos, regex="(w1|w2)+"))).values()
+    regex = replace(SAMPLING, stop_token_ids=eos, regex="(w1|w2)+")
+    ((_, group),) = sample_groups(engine, [[5]], [1], 8, regex)
     assert {token for item in group for token in item.ids} <= {1, 2, *eos}
     assert all(item.rollout_logprobs is None for item in group)  # they would be those under the grammar
 
@@ -73,7 +74,7 @@ def test_stop_strings_and_structured_outputs(server: Server) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_prompt_length": 43}, "started for 62 tokens.* make 63: --max-model-len 63"),
+        ({"max_model_length": 63}, "started for 62 tokens.* make 63: --max-model-len 63"),
         ({"dtype": torch.bfloat16}, "computes in float32, the trainer in bfloat16: --dtype bfloat16"),
         ({"sampling": replace(SAMPLING, top_p=0.9)}, "--logprobs-mode raw_logprobs"),
     ],
@@ -91,7 +92,7 @@ def test_a_port_that_is_taken_is_refused(server: Server) -> None:
 
 def test_no_server_is_refused_with_how_to_start_one() -> None:
     with pytest.raises(EngineLostError, match=r"no vLLM server .* at http://127.0.0.1:9 for 1 s .*grpo-hf serve"):
-        VLLMServerEngine(vllm_model(), base_url="http://127.0.0.1:9", timeout=1, sampling=SAMPLING, max_prompt_length=4)
+        VLLMServerEngine(vllm_model(), base_url="http://127.0.0.1:9", timeout=1, sampling=SAMPLING, max_model_length=24)
 
 
 def even(completion: str) -> float:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from grpo_hf.packing.layout import padded_batch
 from grpo_hf.packing.logprobs import batch_logprobs
-from grpo_hf.rollout.engine import Engine, Sampling
+from grpo_hf.rollout.engine import Engine, Sampling, sample_groups
 from grpo_hf.rollout.vllm_engine import VLLMEngine
 from grpo_hf.rollout.weight_sync import StaleEngineError, WeightSync
 from grpo_hf.types import Completion
@@ -49,7 +49,7 @@ def with_lora(model: PreTrainedModel, **options: Any) -> PeftModel:
 
 def make_engine(*, tied: bool) -> VLLMEngine:
     """In this process; a test hands it the model that it trains."""
-    return VLLMEngine(vllm_model(tied=tied), sampling=SAMPLING, max_prompt_length=40)
+    return VLLMEngine(vllm_model(tied=tied), sampling=SAMPLING, max_model_length=60)
 
 
 def make_text_engine() -> VLLMEngine:
@@ -57,7 +57,7 @@ def make_text_engine() -> VLLMEngine:
     return VLLMEngine(
         with_lora(vllm_model(seed=2)),
         sampling=replace(SAMPLING, stop_strings=STOP_STRINGS),
-        max_prompt_length=40,
+        max_model_length=60,
         tokenizer=tiny_tokenizer(JSON_WORDS),
         lora_sync="adapter",
     )
@@ -94,7 +94,7 @@ def difference(model: nn.Module, prompts: list[list[int]], groups: Sequence[list
 
 def sample(engine: Engine, sampling: Sampling = SAMPLING, prompts=PROMPTS, seeds=SEEDS, n=4) -> list[list[Completion]]:
     """The groups, in order."""
-    groups = dict(engine.sample(prompts, seeds, n, sampling))
+    groups = dict(sample_groups(engine, prompts, seeds, n, sampling))
     return [groups[number] for number in range(len(prompts))]
 
 

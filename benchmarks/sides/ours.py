@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,9 @@ from grpo_hf.types import Completion, Group, Prompt, TrainingSample
 
 
 class Replay:
-    """An Engine whose samples are the case's completions."""
+    """An Engine, and its Requests, whose samples are the case's completions."""
+
+    patience = 0.0
 
     def __init__(self, data: Data, clock: Clock):
         self.completions = {tuple(ids): made for ids, made in zip(data.prompts, data.completions, strict=True)}
@@ -27,13 +30,21 @@ class Replay:
     def abort(self) -> None:
         """Nothing to do."""
 
-    def sample(
-        self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Any
-    ) -> Iterator[tuple[int, list[Completion]]]:
+    @contextmanager
+    def requests(self, sampling: Any) -> Iterator[Replay]:
         """The completions, when the clock allows."""
+        self.made: list[tuple[Hashable, list[Completion]]] = []
+        yield self
+
+    def add(self, key: Hashable, ids: list[int], seed: int, count: int = 1, max_tokens: int | None = None) -> None:
+        """See Requests.add."""
+        self.made.append((key, [completion_of(made) for made in self.completions[tuple(ids)]]))
+
+    def finished(self, timeout: float | None = None) -> list[tuple[Hashable, list[Completion]]]:
+        """See Requests.finished."""
         self.clock.wait()
-        for number, ids in enumerate(prompts):
-            yield number, [completion_of(made) for made in self.completions[tuple(ids)]]
+        made, self.made = self.made, []
+        return made
 
 
 def completion_of(made: Transcript) -> Completion:

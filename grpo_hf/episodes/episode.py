@@ -133,21 +133,23 @@ def _play(
     said: list[Message] = []
     start: ToolCall = yield session.observation
     if start.outcome != "ok":
-        return Completion([], truncated=False, messages=[], turns=[Turn(0, False, [start])], valid=False)
+        return Completion([], truncated=False, messages=[], reset=start, valid=False)
     asked = observed(prompt.raw, start.content)
     ids = chat.opening(asked, schemas)
     history = History(ids, len(ids), [False] * len(ids))
     room = min(rules.max_completion_length, rules.max_model_length - len(ids))
     if room < 1:
-        start.outcome, start.message = "error", f"its observation makes the prompt {len(ids)} tokens long, too long for the context"
-        return Completion([], truncated=True, messages=[], turns=[Turn(0, False, [start])], valid=False)
+        start.outcome = "error"
+        start.message = f"with the observation the prompt is {len(ids)} tokens long; the context has {rules.max_model_length}"
+        return Completion([], truncated=True, messages=[], reset=start, valid=False)
     policies: set[str] = set()
     while True:
         began = time.perf_counter()
         turn_seed = derived_seed(seed, "turn", len(turns)) if turns else seed
-        answer: Completion = yield Ask(history.ids, turn_seed, room - history.length)
+        context = history.ids
+        answer: Completion = yield Ask(context, turn_seed, room - history.length)
         history.sampled(answer)
-        message, calls = chat.read(answer.ids)
+        message, calls = chat.read(answer.ids, schemas, context)
         said.append(message)
         turns.append(turn := Turn(len(answer.ids), answer.truncated, seconds=time.perf_counter() - began))
         truncated = answer.truncated
@@ -179,6 +181,7 @@ def _play(
         prompt_messages=asked,
         messages=said,
         turns=turns,
+        reset=start if ending else None,
         environment=ending,
         valid=not (session.lost or "drop" in policies),
     )

@@ -20,6 +20,7 @@ from grpo_hf.rewards.verdict import (
     judged,
     judged_batch,
     sample_keywords,
+    unpacked,
 )
 from grpo_hf.rewards.worker import Parcel
 from grpo_hf.rewards.workers import Gold, Workers
@@ -78,6 +79,21 @@ class InWorkers:
 
 
 @dataclass
+class ByEnvironment:
+    """No call at all: an environment has judged itself when its episode ended."""
+
+    reward: Reward
+
+    def expect(self, row: dict[str, Any]) -> None:
+        """Nothing to parse."""
+
+    def submit(self, samples: Sequence[Sample]) -> Sequence[Result]:
+        """What environments of its name have said; it does not apply to the others."""
+        known = [item if (item := sample.environment) and item.name == self.reward.name else None for sample in samples]
+        return [lambda item=item: item.verdict if item else Verdict("scored") for item in known]  # type: ignore[misc]
+
+
+@dataclass
 class InProcess:
     """Each sample, or all, in this process: functions when their verdict is asked for, async ones on an event loop."""
 
@@ -111,12 +127,12 @@ class InProcess:
         if self.reward.gold_column is not None:
             del keywords[self.reward.gold_column]
         if not self.reward.is_async:
-            return lambda: replace(judged(name, lambda: function(**keywords)), logged=logged)
+            return lambda: replace(judged(name, lambda: function(**unpacked(keywords))), logged=logged)
 
         def verdict(call: Callable[[], Any], start: float) -> Verdict:
             return replace(judged(name, call, caught=CANCELLED), seconds=time.perf_counter() - start, logged=logged)
 
-        return self.loop.call(lambda: function(**keywords), verdict, self.loop.timeout, 1)
+        return self.loop.call(lambda: function(**unpacked(keywords)), verdict, self.loop.timeout, 1)
 
     def _all(self, samples: Sequence[Sample]) -> Sequence[Result]:
         name, logged = self.reward.name, BatchLogged(count=len(samples))
@@ -128,9 +144,10 @@ class InProcess:
 
         if self.reward.is_async:
             count = len(samples)
-            result = self.loop.call(lambda: self.reward.function(**keywords), verdicts, self.loop.timeout * count, count)
+            call = lambda: self.reward.function(**unpacked(keywords))  # noqa: E731
+            result = self.loop.call(call, verdicts, self.loop.timeout * count, count)
         else:
-            result = lambda: verdicts(lambda: self.reward.function(**keywords), time.perf_counter())  # noqa: E731
+            result = lambda: verdicts(lambda: self.reward.function(**unpacked(keywords)), time.perf_counter())  # noqa: E731
 
         def of(place: int) -> Verdict:
             if not found:

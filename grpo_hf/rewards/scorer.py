@@ -14,7 +14,7 @@ from grpo_hf.rewards.event_loop import EventLoop
 from grpo_hf.rewards.faults import Calls, Tally, found_by
 from grpo_hf.rewards.outcomes import FAULTS
 from grpo_hf.rewards.registry import check_columns
-from grpo_hf.rewards.runners import InProcess, InWorkers, Result, Runner
+from grpo_hf.rewards.runners import ByEnvironment, InProcess, InWorkers, Result, Runner
 from grpo_hf.rewards.settings import RewardSettings
 from grpo_hf.rewards.signature import Reward
 from grpo_hf.rewards.verdict import Verdict, sample_of
@@ -155,6 +155,8 @@ class Round:
 
     def _runner(self, reward: Reward) -> Runner:
         scorer = self.scorer
+        if reward.of_environment:
+            return ByEnvironment(reward)
         if not reward.in_worker:
             return InProcess(reward, scorer.loop, self.trainer_state)
         more = [state_parcel(_plain(self.trainer_state))] if reward.takes_state else []

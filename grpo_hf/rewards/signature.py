@@ -14,6 +14,9 @@ BUILT_INS = (
     "completion",
     "completions",
     "completion_ids",
+    "messages",
+    "environment",
+    "environments",
     "trainer_state",
     "log_extra",
     "log_metric",
@@ -50,11 +53,13 @@ class Reward:
     """True when it is called in this process though it could go to a worker."""
     gold_column: str | None = None
     """The column that its parse_gold reads, once a prompt; None where it has none."""
+    of_environment: bool = False
+    """True where environments of this name judge themselves, with get_reward, when their episode ends."""
 
     @property
     def in_worker(self) -> bool:
         """Whether its calls go to worker processes, which deadlines and memory limits need."""
-        return not self.is_async and not self.in_process
+        return not (self.is_async or self.in_process or self.of_environment)
 
     @property
     def takes_state(self) -> bool:

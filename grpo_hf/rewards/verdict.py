@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import pickle
 import sys
 import time
 import traceback
@@ -181,10 +182,52 @@ def sample_of(prompt: Prompt, completion: Completion) -> Sample:
     )
 
 
+@dataclass(frozen=True)
+class Packed:
+    """An environment, pickled, which arrives unpacked in the process that it is sent to."""
+
+    blob: bytes
+    """It; empty where it could not be pickled."""
+    message: str = ""
+    """Why not."""
+
+    def unpack(self) -> Any:
+        """The environment. Raises ValueError where there is none."""
+        if not self.blob:
+            raise ValueError(f"the environment cannot be shown to verifiers: {self.message}")
+        return pickle.loads(self.blob)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpack, (self.blob, self.message)
+
+
+def _unpack(blob: bytes, message: str) -> Any:
+    return Packed(blob, message).unpack()
+
+
+def unpacked(keywords: dict[str, Any]) -> dict[str, Any]:
+    """The same with environments as they are, for a verifier that is called here."""
+    found = dict(keywords)
+    if "environment" in found:
+        found["environment"] = found["environment"].unpack()
+    if "environments" in found:
+        found["environments"] = [item.unpack() for item in found["environments"]]
+    return found
+
+
+def packed_environment(sample: Sample) -> Packed:
+    """The sample's environment, as it is sent to verifiers."""
+    ended = sample.environment
+    return Packed(ended.environment, ended.message) if ended else Packed(b"", "its episode has none")
+
+
 def sample_keywords(reward: Reward, sample: Sample) -> dict[str, Any]:
     """What a per-sample verifier accepts of what can be said of one sample."""
     columns = {key: value for key, value in sample.row.items() if key not in BUILT_INS}
     known = columns | {"prompt": sample.prompt, "completion": sample.text, "completion_ids": sample.completion_ids}
+    known |= {"messages": sample.completion if isinstance(sample.completion, list) else None}
+    if "environment" in reward.built_ins:
+        known["environment"] = packed_environment(sample)
     return {key: value for key, value in known.items() if reward.accepts(key)}
 
 
@@ -196,5 +239,7 @@ def batch_keywords(reward: Reward, samples: Sequence[Sample]) -> dict[str, Any]:
         "completions": [sample.completion for sample in samples],
         "completion_ids": [sample.completion_ids for sample in samples],
     }
+    if any(sample.environment for sample in samples):
+        known["environments"] = [packed_environment(sample) for sample in samples]
     listed = {key: [sample.row[key] for sample in samples] for key in columns}
     return listed | {key: value for key, value in known.items() if reward.accepts(key)}

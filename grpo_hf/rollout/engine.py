@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from grpo_hf.types import Completion
 
@@ -50,6 +50,22 @@ class EngineLostError(RuntimeError):
     """The engine has gone and has not come back in time; the trainer's own state is whole."""
 
 
+@dataclass(frozen=True)
+class Request:
+    """Completions of one sequence that are wanted."""
+
+    key: Hashable
+    """Whose."""
+    ids: list[int]
+    """What they follow on."""
+    seed: int
+    """Of the first; completion n has seed + n."""
+    count: int
+    """How many."""
+    max_tokens: int
+    """Tokens of each at most."""
+
+
 class Requests(Protocol):
     """An engine at work: requests are added while others are being sampled, and come back in the order in which they end."""
 
@@ -81,11 +97,19 @@ class Engine(Protocol):
 def sample_groups(
     engine: Engine, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling
 ) -> Iterator[tuple[int, list[Completion]]]:
-    """Yield (number of the prompt, its completions) as groups finish; completion n has the prompt's seed + n."""
-    with engine.requests(sampling) as requests:
+    """Yield (number of the prompt, its completions) as groups finish; completion n has the prompt's seed + n.
+
+    All are asked for before this returns, so that an engine that is elsewhere works on them from now on.
+    """
+    with ExitStack() as stack:
+        requests = stack.enter_context(engine.requests(sampling))
         for number, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
             requests.add(number, ids, seed, num_generations)
-        missing = len(prompts)
+        return _finished(requests, len(prompts), stack.pop_all())
+
+
+def _finished(requests: Requests, missing: int, stack: ExitStack) -> Iterator[tuple[Any, list[Completion]]]:
+    with stack:
         while missing:
             for number, completions in requests.finished():
                 missing -= 1

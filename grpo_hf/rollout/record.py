@@ -6,7 +6,6 @@ import json
 import math
 import os
 import statistics
-from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from grpo_hf.rollout.dynamic import is_informative
 from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.planning import num_sampled
 from grpo_hf.rollout.stream import Rollout
-from grpo_hf.types import CALL_FAILURES, Completion, Group, Prompt, ToolCall
+from grpo_hf.types import Completion, Group, Prompt
 
 logger = logging.get_logger(__name__)
 
@@ -64,25 +63,6 @@ def conversation(prompt: Prompt, item: Completion) -> dict[str, str | None]:
     return {"messages": json.dumps([*asked, *said], default=str, ensure_ascii=False), "turns": turns}
 
 
-def record_calls(metrics: Metrics, groups: list[Group]) -> None:
-    """How often tools were called, how their calls ended and how long they took; under TRL's names where it has them."""
-    completions = [item for group in groups for item in group.completions if item.turns]
-    calls = [call for item in completions for turn in item.turns for call in turn.calls if call.outcome]
-    if not completions:
-        return
-    metrics.mean("tools/call_frequency", len(calls), len(completions))
-    metrics.mean("tools/failure_frequency", sum(call.outcome != "ok" for call in calls), max(len(calls), 1))
-    metrics.mean("tools/turns", sum(len(item.turns) for item in completions), len(completions))
-    by_name: dict[str, list[ToolCall]] = defaultdict(list)
-    for call in calls:
-        by_name[call.name].append(call)
-    for name, own in by_name.items():
-        for outcome in ("ok", *CALL_FAILURES):
-            metrics.mean(f"tools/{name}/outcomes/{outcome}", sum(call.outcome == outcome for call in own), len(own))
-        metrics.mean(f"tools/{name}/seconds/mean", math.fsum(call.seconds for call in own), len(own))
-        metrics.maximum(f"tools/{name}/seconds/max", max(call.seconds for call in own))
-
-
 def _extra_columns(completions: list[Completion]) -> dict[str, list[Any]]:
     """What verifiers have logged beside completions; as text where it is not of one kind."""
     names = dict.fromkeys(name for item in completions for name in item.extra)
@@ -100,7 +80,6 @@ def record_rollout(metrics: Metrics, rollout: Rollout, peers: Peers) -> None:
     everyone = summarize_all(rollout.groups, peers)
     record_groups(metrics, everyone)
     record_outcomes(metrics, rollout.tally)
-    record_calls(metrics, rollout.sampled)
     signal = [any(item["advantage"] for item in group) for group in everyone]
     metrics.mean("frac_zero_signal_groups", len(signal) - sum(signal), len(signal))
     metrics.total("tokens/sampled", num_tokens(rollout.sampled))

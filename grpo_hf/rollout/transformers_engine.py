@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Hashable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ import transformers
 from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_hf.rollout.engine import Sampling
+from grpo_hf.rollout.engine import Request, Sampling
+from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.types import Completion
 
 
@@ -58,7 +61,7 @@ class StopAtText(transformers.StoppingCriteria):
 
 
 class TransformersEngine:
-    """The engine for machines without vLLM: one `generate` call for all prompts."""
+    """The engine for machines without vLLM: one `generate` call for all requests that wait."""
 
     def __init__(
         self,
@@ -67,41 +70,44 @@ class TransformersEngine:
         pad_token_id: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: torch.dtype | None = None,
-        together: bool = False,
+        peers: Peers | None = None,
     ):
-        """``tokenizer`` is for stop strings alone; ``dtype`` is what autocast computes in, None without it; ``together``:
-        forward passes take all processes, so that each goes on until all have finished."""
-        self.model, self.pad_token_id, self.dtype, self.together = model, pad_token_id, dtype, together
+        """``tokenizer`` is for stop strings alone; ``dtype`` is what autocast computes in, None without it; ``peers``: the
+        processes that a forward pass takes, each of which goes on until all have finished, None where it takes one."""
+        self.model, self.pad_token_id, self.dtype, self.peers = model, pad_token_id, dtype, peers
         self.tokenizer: Any = tokenizer
+        # A model's own generation defaults (a repetition penalty, say) would sample from another distribution. Under PEFT
+        # it is the model inside that generate reads them from.
+        self.lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
 
     def sync_weights(self, version: int) -> None:
         """Nothing to do: the engine reads the trainer's own tensors."""
 
-    @torch.no_grad()
-    def sample(
-        self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """See Engine.sample; all groups finish together."""
+    def requests(self, sampling: Sampling) -> TransformersRequests:
+        """See Engine.requests."""
         if sampling.structured:
             raise ValueError("structured outputs need vLLM: set use_vllm=True, or leave the regex and the schema out")
-        if not prompts and not self.together:
-            return
-        rows = [ids for ids in prompts for _ in range(num_generations)] or [[self.pad_token_id]]
-        row_seeds = [seed + n for seed in seeds for n in range(num_generations)] or [0]
-        longest = max(map(len, rows))
+        return TransformersRequests(self, sampling)
+
+    def abort(self) -> None:
+        """Nothing is ever in progress."""
+
+    @torch.no_grad()
+    def generate(self, batch: list[Request], sampling: Sampling) -> list[tuple[Hashable, list[Completion]]]:
+        """The completions of each request, all sampled together; with no request something that takes as many passes as
+        the other processes need."""
+        rows = [request.ids for request in batch for _ in range(request.count)] or [[self.pad_token_id]]
+        seeds = [request.seed + n for request in batch for n in range(request.count)] or [0]
+        longest, steps = max(map(len, rows)), max((request.max_tokens for request in batch), default=1)
         device = self.model.device
         input_ids = torch.tensor([[self.pad_token_id] * (longest - len(ids)) + ids for ids in rows], device=device)
         attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows], device=device)
-        processors = processors_for(sampling, row_seeds, prompt_length=longest)
         criteria = transformers.StoppingCriteriaList()
         if sampling.stop_strings:
             assert self.tokenizer is not None
             criteria.append(StopAtText(sampling.stop_strings, self.tokenizer, prompt_length=longest))
-        # A model's own generation defaults (a repetition penalty, say) would sample from another distribution. Under PEFT
-        # it is the model inside that generate reads them from.
-        lm: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        own_defaults, was_training = lm.generation_config, self.model.training
-        lm.generation_config = GenerationConfig()
+        own_defaults, was_training = self.lm.generation_config, self.model.training
+        self.lm.generation_config = GenerationConfig()
         self.model.eval()
         try:
             # Around all tokens it casts the weights once; inside the model's own forward it would for each token.
@@ -109,31 +115,91 @@ class TransformersEngine:
                 output = self.model.generate(  # type: ignore[operator]
                     input_ids=input_ids,
                     attention_mask=attention_mask,
-                    logits_processor=processors,
-                    synced_gpus=self.together,
+                    logits_processor=processors_for(sampling, seeds, prompt_length=longest, max_steps=steps),
+                    synced_gpus=self.peers is not None,
                     stopping_criteria=criteria,
                     generation_config=GenerationConfig(
                         do_sample=False,
-                        max_new_tokens=sampling.max_completion_length,
+                        max_new_tokens=steps,
                         eos_token_id=list(sampling.stop_token_ids),
                         pad_token_id=self.pad_token_id,
                     ),
                 )
         finally:
-            lm.generation_config = own_defaults
+            self.lm.generation_config = own_defaults
             self.model.train(was_training)
         tokens = iter(output[:, longest:].tolist())
-        for number in range(len(prompts)):
-            completions = [cut_at_stop(next(tokens), sampling.stop_token_ids) for _ in range(num_generations)]
-            if sampling.stop_strings:
-                completions = [cut_at_text(item, sampling.stop_strings, self.tokenizer) for item in completions]
-            yield number, completions
+        return [(item.key, [self._completion(next(tokens), item, sampling) for _ in range(item.count)]) for item in batch]
 
-    def abort(self) -> None:
-        """Nothing is ever in progress."""
+    def _completion(self, tokens: list[int], request: Request, sampling: Sampling) -> Completion:
+        completion = cut_at_stop(tokens[: request.max_tokens], sampling.stop_token_ids)
+        return cut_at_text(completion, sampling.stop_strings, self.tokenizer) if sampling.stop_strings else completion
 
 
-def processors_for(sampling: Sampling, seeds: list[int], *, prompt_length: int) -> transformers.LogitsProcessorList:
+class TransformersRequests:
+    """See Requests: a batch at a time, whose rows do not depend on each other.
+
+    Where forward passes take all processes, so does a batch: those that have nothing in it, and those that have finished,
+    join in until nobody waits.
+    """
+
+    patience = 1.0
+
+    def __init__(self, engine: TransformersEngine, sampling: Sampling):
+        self.engine, self.sampling, self.peers = engine, sampling, engine.peers or ALONE
+        self.waiting: list[Request] = []
+
+    def __enter__(self) -> TransformersRequests:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        self.waiting = []
+        while kind is None and self._next_batch() is not None:
+            pass
+
+    def add(self, key: Hashable, ids: list[int], seed: int, count: int = 1, max_tokens: int | None = None) -> None:
+        """See Requests.add."""
+        self.waiting.append(Request(key, ids, seed, count, max_tokens or self.sampling.max_completion_length))
+
+    def finished(self, timeout: float | None = None) -> list[tuple[Hashable, list[Completion]]]:
+        """See Requests.finished."""
+        found = None
+        while self.waiting and not found:
+            found = self._next_batch()
+        return found or []
+
+    def _next_batch(self) -> list[tuple[Hashable, list[Completion]]] | None:
+        """This process's part of a batch; None where nobody waits."""
+        everyone = self.peers.gather([(len(request.ids), request.max_tokens) for request in self.waiting])
+        if not any(everyone):
+            return None
+        fits = fitting([size for sizes in everyone for size in sizes], self.engine.lm.config)
+        first = sum(map(len, everyone[: self.peers.rank]))
+        mine = fits[first : first + len(self.waiting)]
+        batch = list(compress(self.waiting, mine))
+        self.waiting = [request for request, is_in in zip(self.waiting, mine, strict=True) if not is_in]
+        return self.engine.generate(batch, self.sampling)
+
+
+def fitting(sizes: list[tuple[int, int]], config: PretrainedConfig) -> list[bool]:
+    """Which of these (tokens, tokens to come at most) make a batch: the first, and what fits the model's context beside it.
+
+    All are padded to the longest, and a row that has ended goes on to the end of its batch.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    fits: list[bool] = []
+    longest, steps = 0, 0
+    for size in sizes:
+        both = max(longest, size[0]), max(steps, size[1])
+        fits.append(not fits or sum(both) <= context)
+        if fits[-1]:
+            longest, steps = both
+    return fits
+
+
+def processors_for(
+    sampling: Sampling, seeds: list[int], *, prompt_length: int, max_steps: int
+) -> transformers.LogitsProcessorList:
     """transformers' processors in its own order, then the draw; temperature 0 leaves the arg max to generate."""
     processors = transformers.LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
@@ -148,7 +214,7 @@ def processors_for(sampling: Sampling, seeds: list[int], *, prompt_length: int) 
         processors.append(transformers.TopPLogitsWarper(sampling.top_p))
     if sampling.min_p is not None:
         processors.append(transformers.MinPLogitsWarper(sampling.min_p))
-    processors.append(SeededSampling(seeds, prompt_length=prompt_length, max_steps=sampling.max_completion_length))
+    processors.append(SeededSampling(seeds, prompt_length=prompt_length, max_steps=max_steps))
     return processors
 
 

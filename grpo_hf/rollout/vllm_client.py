@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import httpx
 from transformers.utils import logging
@@ -51,6 +54,7 @@ class VLLMClient:
         self._open()
 
     def _open(self) -> None:
+        self._sockets: WeakSet[socket.socket] = WeakSet()
         # Sampling takes as long as it takes; whether the server is still there is asked beside it.
         self._http = httpx.Client(
             base_url=self.base_url,
@@ -61,8 +65,15 @@ class VLLMClient:
 
     def reopen(self) -> None:
         """End every request in progress with ServerLostError, and go on with new connections."""
+        for connected in list(self._sockets):
+            with suppress(OSError):  # it has ended by itself
+                connected.shutdown(socket.SHUT_RDWR)  # closing it alone would leave a thread that reads from it waiting
         self._http.close()
         self._open()
+
+    def _remember(self, event: str, info: dict[str, Any]) -> None:
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._sockets.add(info["return_value"].get_extra_info("socket"))
 
     def post(self, path: str, body: Any = None, **options: Any) -> Any:
         """POST JSON, and the JSON of the answer. Raises ServerLostError, and ValueError with what a server refused."""
@@ -74,7 +85,7 @@ class VLLMClient:
 
     def _answer(self, method: str, path: str, **options: Any) -> Any:
         try:
-            response = self._http.request(method, path, **options)
+            response = self._http.request(method, path, extensions={"trace": self._remember}, **options)
         except (httpx.TransportError, RuntimeError) as error:  # RuntimeError: closed in the meantime
             raise ServerLostError(f"{self.base_url}{path}: {error!r}") from error
         if response.status_code >= 500:

@@ -6,10 +6,12 @@ import copy
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -46,7 +48,7 @@ class VLLMEngine:
         model: PreTrainedModel | PeftModel,
         *,
         sampling: Sampling,
-        max_prompt_length: int,
+        max_model_length: int,
         dtype: torch.dtype | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         lora_sync: str = "merge",
@@ -55,32 +57,35 @@ class VLLMEngine:
         sleep_mode: bool = False,
         **options: Any,
     ):
-        """``sampling`` is the distribution that rollout_logprobs are wanted of; ``dtype`` is the model's own unless training
-        computes in another; ``tokenizer`` is for stop strings and structured outputs; ``options`` go to vllm.LLM."""
+        """``sampling`` is the distribution that rollout_logprobs are wanted of; ``max_model_length``: tokens of a request
+        with its answer at most; ``dtype`` is the model's own unless training computes in another; ``tokenizer`` is for
+        stop strings and structured outputs; ``options`` go to vllm.LLM."""
         vllm_support.installed_vllm()
-        self.max_model_len = length = max_prompt_length + sampling.max_completion_length
+        self.max_model_length = max_model_length
         lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         dtype = dtype or lm.dtype
         assert isinstance(dtype, torch.dtype)
-        vllm_support.check_context(lm.config, length)
+        vllm_support.check_context(lm.config, max_model_length)
         vllm_support.check_sampling(sampling)
         self.weights = WeightSync(model, dtype, lora_sync)
         self.adapter: dict[str, Any] = {}
+        self.at_work: VLLMRequests | None = None
         self.filtered, self.sleep_mode = vllm_support.has_filters(sampling), sleep_mode and lm.device.type != "cpu"
         memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": self.sleep_mode}
         if lm.device.type == "cpu":
             with as_it_was():
                 vllm_support.check_cpu_attention(lm.config)
             weight_bytes = lm.num_parameters() * dtype.itemsize
-            cache = vllm_support.kv_cache_bytes(lm.config, dtype, max_model_len=length, weight_bytes=weight_bytes)
+            cache = vllm_support.kv_cache_bytes(lm.config, dtype, max_model_len=max_model_length, weight_bytes=weight_bytes)
             # The default block of 128 tokens would keep groups from sharing any shorter prompt.
             memory = {"kv_cache_memory_bytes": cache, "block_size": 32, "enforce_eager": True}
-            memory |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(vllm_support.BATCHED_TOKENS, length)}
+            batched = max(vllm_support.BATCHED_TOKENS, max_model_length)
+            memory |= {"enable_chunked_prefill": False, "max_num_batched_tokens": batched}
         self.llm = start(
             lm,
             tokenizer if sampling.needs_text else None,
             dtype=str(dtype).removeprefix("torch."),
-            max_model_len=length,
+            max_model_len=max_model_length,
             logprobs_mode=vllm_support.logprobs_mode(sampling),
             # Every process is an engine of its own inside the processes that train together.
             distributed_executor_backend="external_launcher" if num_processes > 1 else None,
@@ -95,55 +100,32 @@ class VLLMEngine:
         """See Engine.sync_weights; does nothing when the engine has them."""
         self.weights.run(version, self._load, self._load_adapter)
 
-    def sample(
-        self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """See Engine.sample; a group is handed on as soon as its last completion ends. Raises StaleEngineError when the
-        trainer's weights have changed since sync_weights."""
-        self.weights.check()
-        vllm_support.check_request(prompts, sampling, self.max_model_len)
-        return self._sample(prompts, seeds, num_generations, sampling)
-
-    def _sample(
-        self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        engine = self.llm.llm_engine
-        self._wake()
-        options = vllm_support.request_options(sampling)
-        if self.filtered:
-            options |= self._divide_logits(sampling.temperature)
-        open_requests: set[str] = set()
+    @contextmanager
+    def requests(self, sampling: Sampling) -> Iterator[VLLMRequests]:
+        """See Engine.requests."""
+        vllm_support.check_sampling(sampling)
+        self.abort()
+        self.at_work = requests = VLLMRequests(self, sampling)
         try:
-            for number, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                parameters = sampling_params(n=num_generations, seed=seed, detokenize=sampling.needs_text, **options)
-                engine.add_request(str(number), {"prompt_token_ids": ids}, parameters, **self.adapter)
-                open_requests.add(str(number))
-            while open_requests:
-                with same_random_state():
-                    outputs = engine.step()
-                for output in outputs:
-                    open_requests.remove(output.request_id)
-                    yield int(output.request_id), [self._completion(item, sampling) for item in output.outputs]
+            self._wake()
+            if self.filtered:
+                requests.options |= self._divide_logits(sampling.temperature)
+            yield requests
         finally:
-            if open_requests:  # whoever draws groups has stopped
-                engine.abort_request(list(open_requests))
+            if self.at_work is requests:
+                self.abort()
+
+    def abort(self) -> None:
+        """See Engine.abort."""
+        if self.at_work is not None:
+            self.llm.llm_engine.abort_request(list(self.at_work.keys))
+            self.at_work = None
             self._sleep()
 
     def _divide_logits(self, temperature: float) -> dict[str, float]:
         """The temperature in the logits, for "raw_logprobs" to see (see logprobs_mode), and what is left of it."""
         self.llm.apply_model(partial(divide_logits, divisor=temperature or 1.0))
         return {"temperature": 0.0 if temperature == 0 else 1.0}
-
-    def _completion(self, output: Any, sampling: Sampling) -> Completion:
-        logprobs = output.logprobs.logprobs if vllm_support.comparable_logprobs(sampling, filtered=self.filtered) else None
-        return Completion(
-            ids=list(output.token_ids),
-            truncated=output.finish_reason == "length",
-            rollout_logprobs=None if logprobs is None else list(logprobs),
-        )
-
-    def abort(self) -> None:
-        """Nothing: an abandoned iterator does it itself."""
 
     def _load(self, weights: EngineWeights) -> None:
         self._wake()
@@ -175,6 +157,47 @@ class VLLMEngine:
     def _sleep(self) -> None:
         if self.sleep_mode:  # level 1 keeps the weights, in the CPU's memory
             self.llm.sleep(level=1)
+
+
+class VLLMRequests:
+    """See Requests."""
+
+    patience = 0.0
+
+    def __init__(self, engine: VLLMEngine, sampling: Sampling):
+        self.engine, self.sampling = engine, sampling
+        self.options = vllm_support.request_options(sampling)
+        self.comparable = vllm_support.comparable_logprobs(sampling, filtered=engine.filtered)
+        self.keys: dict[str, Hashable] = {}
+        """Of the requests that are open, by the name that vLLM has for each."""
+        self.names = map(str, count())
+
+    def add(self, key: Hashable, ids: list[int], seed: int, count: int = 1, max_tokens: int | None = None) -> None:
+        """See Requests.add."""
+        engine, options = self.engine, self.options | ({} if max_tokens is None else {"max_tokens": max_tokens})
+        engine.weights.check()
+        vllm_support.check_request(ids, options["max_tokens"], engine.max_model_length)
+        parameters = sampling_params(n=count, seed=seed, detokenize=self.sampling.needs_text, **options)
+        name = next(self.names)
+        engine.llm.llm_engine.add_request(name, {"prompt_token_ids": ids}, parameters, **engine.adapter)
+        self.keys[name] = key
+
+    def finished(self, timeout: float | None = None) -> list[tuple[Hashable, list[Completion]]]:
+        """See Requests.finished; a request is handed on as soon as its last completion ends."""
+        end = None if timeout is None else monotonic() + timeout
+        while self.keys:
+            with same_random_state():
+                outputs = self.engine.llm.llm_engine.step()
+            if outputs or (end is not None and monotonic() >= end):
+                return [(self.keys.pop(made.request_id), list(map(self._completion, made.outputs))) for made in outputs]
+        return []
+
+    def _completion(self, output: Any) -> Completion:
+        return Completion(
+            ids=list(output.token_ids),
+            truncated=output.finish_reason == "length",
+            rollout_logprobs=list(output.logprobs.logprobs) if self.comparable else None,
+        )
 
 
 def start(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any) -> Any:

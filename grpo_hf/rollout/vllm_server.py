@@ -1,13 +1,15 @@
-"""vLLM as a server: groups over HTTP, one request each, from weights that are proved to be the trainer's."""
+"""vLLM as a server: requests over HTTP, from weights that are proved to be the trainer's."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import count
+from collections.abc import Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from time import monotonic
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from grpo_hf.rollout import vllm_support
-from grpo_hf.rollout.engine import EngineLostError, Sampling
+from grpo_hf.rollout.engine import EngineLostError, Request, Sampling
 from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.vllm_client import HOW_TO_START, ServerInfo, ServerLostError, VLLMClient
 from grpo_hf.rollout.vllm_transfer import make_transfer, roomy_folder
@@ -27,19 +29,19 @@ from grpo_hf.types import Completion
 logger = logging.get_logger(__name__)
 
 AT_A_TIME = 512
-"""Groups of one process that are with the server at a time."""
+"""Requests of one process that are with the server at a time."""
 LOOK_EVERY = 10.0
-"""Seconds without a finished group after which the server is asked whether it is still there."""
+"""Seconds without an answer after which the server is asked whether it is still there."""
 TRIES = 3
-"""Weight syncs that a server which stays up may fail."""
+"""Weight syncs that a server which stays up may fail, and times in a row that it may lose all that it was asked for."""
 
 
 class VLLMServerEngine:
     """Samples this process's prompts on a server that all processes share.
 
-    Process 0 hands the server weights, under a name that no other sync has. A group counts only if the server still has
-    that name after the group has arrived: a server that was started anew has lost it. Groups that were under way when the
-    server went are sampled again, with the same seeds, once it is back and has the weights.
+    Process 0 hands the server weights, under a name that no other sync has. An answer counts only if the server still has
+    that name after the answer has arrived: a server that was started anew has lost it. What was under way when the server
+    went is sampled again, with the same seeds, once it is back and has the weights.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class VLLMServerEngine:
         base_url: str,
         timeout: float,
         sampling: Sampling,
-        max_prompt_length: int,
+        max_model_length: int,
         dtype: torch.dtype | None = None,
         lora_sync: str = "merge",
         weights_folder: str | None = None,
@@ -60,13 +62,13 @@ class VLLMServerEngine:
         and trainer both see are written; ``group_port``: for NCCL. Raises EngineLostError when there is no server."""
         self.client, self.peers, self.folder = VLLMClient(base_url, timeout=timeout), peers, weights_folder
         lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        vllm_support.check_context(lm.config, max_prompt_length + sampling.max_completion_length)
+        vllm_support.check_context(lm.config, max_model_length)
         vllm_support.check_sampling(sampling)
         self.filtered = vllm_support.has_filters(sampling)
         self.weights = WeightSync(model, dtype or lm.dtype, lora_sync)
         self._wait_until_up()
         self.info = self.client.info()
-        check_server(self.info, base_url, self.weights, sampling, max_prompt_length)
+        check_server(self.info, base_url, self.weights, sampling, max_model_length)
         self.transfer = make_transfer(self.client, self.info, folder=weights_folder, port=group_port)
         self.run, self.syncs, self.version = self.peers.gather(uuid.uuid4().hex)[0], 0, 0
         self.adapter: str | None = None
@@ -122,53 +124,23 @@ class VLLMServerEngine:
 
     # ---- Samples
 
-    def sample(
-        self, prompts: list[list[int]], seeds: list[int], num_generations: int, sampling: Sampling
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """See Engine.sample: the server works from now on. Raises StaleEngineError when the trainer's weights have changed
-        since sync_weights, and EngineLostError when the server stays away."""
-        self.weights.check()
-        vllm_support.check_request(prompts, sampling, self.info.max_model_len)
-        ask = _Ask(self, sampling, num_generations)
-        requests = enumerate(zip(prompts, seeds, strict=True))
-        asked = {self.threads.submit(ask, ids, seed): number for number, (ids, seed) in requests}
-        return self._collect(asked, ask, prompts, seeds)
+    def requests(self, sampling: Sampling) -> ServerRequests:
+        """See Engine.requests."""
+        vllm_support.check_sampling(sampling)
+        return ServerRequests(self, sampling)
 
-    def _collect(
-        self, asked: dict[Future, int], ask: _Ask, prompts: list[list[int]], seeds: list[int]
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        for failures in count(1):
-            lost = []
-            for future in self._as_completed(set(asked)):
-                completions = future.result()
-                if completions is None:
-                    lost.append(asked[future])
-                else:
-                    yield asked[future], completions
-            # The others must know: the server gets its weights from all processes together.
-            everyone = self.peers.gather((len(lost), len(asked)))
-            if not any(of_one for of_one, _ in everyone):
-                return
-            if failures >= TRIES and all(of_one == out_of for of_one, out_of in everyone):
-                raise EngineLostError(
-                    f"the vLLM server at {self.client.base_url} loses this trainer's weights again and again; is another "
-                    "trainer using it? Each needs a server of its own"
-                )
-            logger.warning(f"the vLLM server at {self.client.base_url} was lost; {len(lost)} groups are sampled again")
-            self._wait_until_up()
-            self.weights.forget()
-            self.transfer.forget()
-            self.sync_weights(self.version)
-            ask.version = self._name()
-            asked = {self.threads.submit(ask, prompts[number], seeds[number]): number for number in lost}
+    def abort(self) -> None:
+        """See Engine.abort; the server notices that nobody waits for it."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        self.threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="vllm")
+        self.client.reopen()
 
-    def _as_completed(self, futures: set[Future]) -> Iterator[Future]:
-        """As concurrent.futures has it, with an eye on a server that has gone without a word."""
-        while futures:
-            done, futures = wait(futures, timeout=LOOK_EVERY, return_when=FIRST_COMPLETED)
-            yield from done
-            if not done and not self.client.is_up() and not self.client.wait_until_up():
-                self.client.reopen()
+    def restore(self) -> None:
+        """Wait for a server that was lost, all processes together, and give it the trainer's weights."""
+        self._wait_until_up()
+        self.weights.forget()
+        self.transfer.forget()
+        self.sync_weights(self.version)
 
     def _wait_until_up(self) -> None:
         """All processes together, so that either all go on or all stop."""
@@ -178,35 +150,139 @@ class VLLMServerEngine:
                 f"(vllm_server_timeout); {HOW_TO_START}"
             )
 
-    def abort(self) -> None:
-        """Give up what is being sampled; the server notices that nobody waits for it."""
-        self.threads.shutdown(wait=False, cancel_futures=True)
-        self.threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="vllm")
-        self.client.reopen()
+
+class ServerRequests:
+    """See Requests: each is an HTTP request, in a thread of its own, and the server has them from when they are added.
+
+    One that is lost with the server is asked again once nothing else of this process is with the server, and all others
+    have come as far or are through: weights come from all processes together.
+    """
+
+    patience = 0.0
+
+    def __init__(self, engine: VLLMServerEngine, sampling: Sampling):
+        self.engine, self.sampling, self.threads = engine, sampling, engine.threads
+        self.ask = _Ask(engine, sampling)
+        self.asked: dict[Future[list[Completion] | None], Request] = {}
+        """Those that are with the server, or in line."""
+        self.answers: SimpleQueue[Future[list[Completion] | None]] = SimpleQueue()
+        """Those of them that have ended, one way or the other."""
+        self.lost: list[Request] = []
+        self.heard, self.failures, self.progress = monotonic(), 0, 0
+        """When something last ended; how often nothing came back between two losses; what has since the last one."""
+
+    def __enter__(self) -> ServerRequests:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if self.asked and self.threads is self.engine.threads:
+            self.engine.abort()
+        self.asked, self.lost = {}, []
+        while kind is None and self._recover():  # until all processes are through
+            pass
+
+    def add(self, key: Hashable, ids: list[int], seed: int, count: int = 1, max_tokens: int | None = None) -> None:
+        """See Requests.add."""
+        self.engine.weights.check()
+        request = Request(key, ids, seed, count, max_tokens or self.sampling.max_completion_length)
+        vllm_support.check_request(ids, request.max_tokens, self.engine.info.max_model_len)
+        self._submit(request)
+
+    def _submit(self, request: Request) -> None:
+        future = self.threads.submit(self.ask, request)
+        self.asked[future] = request
+        future.add_done_callback(self.answers.put)
+
+    def finished(self, timeout: float | None = None) -> list[tuple[Hashable, list[Completion]]]:
+        """See Requests.finished. Raises EngineLostError when the server stays away, or is of no use."""
+        end = math.inf if timeout is None else monotonic() + timeout
+        found: list[tuple[Hashable, list[Completion]]] = []
+        while not found:
+            if self.asked:
+                found = self._answered(max(0.0, min(LOOK_EVERY, end - monotonic())))
+            elif self.lost:
+                self._recover()
+            else:
+                break
+            if monotonic() >= end:
+                break
+        return found
+
+    def _answered(self, timeout: float) -> list[tuple[Hashable, list[Completion]]]:
+        """What has ended within the time and was not lost; after some time without, an eye on the server."""
+        found = []
+        try:
+            future = self.answers.get(timeout=timeout)
+            while True:
+                self.heard, request, completions = monotonic(), self.asked.pop(future), future.result()
+                if completions is None:
+                    self.lost.append(request)
+                else:
+                    found.append((request.key, completions))
+                future = self.answers.get_nowait()
+        except Empty:
+            pass
+        self.progress += len(found)
+        client = self.engine.client
+        if monotonic() - self.heard > LOOK_EVERY:
+            if not client.is_up() and not client.wait_until_up():
+                client.reopen()  # which ends all that were waiting for it
+            self.heard = monotonic()
+        return found
+
+    def _recover(self) -> bool:
+        """Together with all processes, none of which has anything with the server: whether any has lost requests. They are
+        asked again, of a server that has the trainer's weights."""
+        engine = self.engine
+        everyone = engine.peers.gather((len(self.lost), self.progress))
+        if not any(lost for lost, _ in everyone):
+            return False
+        self.failures = 0 if any(progress for _, progress in everyone) else self.failures + 1
+        self.progress = 0
+        if self.failures >= TRIES:
+            raise EngineLostError(
+                f"the vLLM server at {engine.client.base_url} loses this trainer's weights again and again; is another "
+                "trainer using it? Each needs a server of its own"
+            )
+        logger.warning(f"the vLLM server at {engine.client.base_url} was lost; {len(self.lost)} requests are sampled again")
+        engine.restore()
+        self.ask = _Ask(engine, self.sampling)
+        lost, self.lost = self.lost, []
+        for request in lost:
+            self._submit(request)
+        return True
 
 
 class _Ask:
-    """One request a group: its completions, or None when the server was lost or has other weights."""
+    """One request: its completions, or None when the server was lost or has other weights."""
 
-    def __init__(self, engine: VLLMServerEngine, sampling: Sampling, num_generations: int):
+    def __init__(self, engine: VLLMServerEngine, sampling: Sampling):
         self.client, self.version = engine.client, engine._name()
         self.comparable = vllm_support.comparable_logprobs(sampling, filtered=engine.filtered)
         self.body = vllm_support.request_options(sampling) | {
             "model": engine.adapter or engine.info.model,
-            "n": num_generations,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,  # no text where only numbers are read
             "add_special_tokens": False,
         }
-        if engine.filtered and engine.info.extended:  # the temperature goes into the logits, see logprobs_mode
-            divisor = str(sampling.temperature or 1.0)
-            self.client.post("/collective_rpc", {"method": "grpo_hf_divide_logits", "args": [divisor]})
-            self.body["temperature"] = 0.0 if sampling.temperature == 0 else 1.0
+        self.is_ready = not (engine.filtered and engine.info.extended) or self._divide_logits(sampling.temperature)
 
-    def __call__(self, ids: list[int], seed: int) -> list[Completion] | None:
+    def _divide_logits(self, temperature: float) -> bool:
+        """The temperature goes into the logits, see logprobs_mode; False where the server is away."""
+        self.body["temperature"] = 0.0 if temperature == 0 else 1.0
         try:
-            answer = self.client.post("/v1/completions", self.body | {"prompt": ids, "seed": seed})
-            return [self._completion(choice) for choice in answer["choices"]] if self._is_current() else None
+            self.client.post("/collective_rpc", {"method": "grpo_hf_divide_logits", "args": [str(temperature or 1.0)]})
+        except ServerLostError:
+            if self.client.is_up():
+                raise
+            return False
+        return True
+
+    def __call__(self, request: Request) -> list[Completion] | None:
+        body = {"prompt": request.ids, "seed": request.seed, "n": request.count, "max_tokens": request.max_tokens}
+        try:
+            answer = self.client.post("/v1/completions", self.body | body) if self.is_ready else None
+            return [self._completion(choice) for choice in answer["choices"]] if answer and self._is_current() else None
         except ServerLostError:
             return None
         except ValueError:
@@ -228,15 +304,15 @@ class _Ask:
         )
 
 
-def check_server(info: ServerInfo, url: str, weights: WeightSync, sampling: Sampling, max_prompt_length: int) -> None:
+def check_server(info: ServerInfo, url: str, weights: WeightSync, sampling: Sampling, max_model_length: int) -> None:
     """Raise ValueError for a server that was started otherwise than this run needs, with what to start it with."""
     vllm_support.check_version(info.version, f"the vLLM server at {url}")
-    needed, dtype = max_prompt_length + sampling.max_completion_length, str(weights.dtype).removeprefix("torch.")
+    dtype = str(weights.dtype).removeprefix("torch.")
     wrong = []
-    if info.max_model_len < needed:
+    if info.max_model_len < max_model_length:
         wrong.append(
             f"it was started for {info.max_model_len} tokens, but the longest prompt and max_completion_length make "
-            f"{needed}: --max-model-len {needed}"
+            f"{max_model_length}: --max-model-len {max_model_length}"
         )
     if info.dtype != dtype:
         wrong.append(f"it computes in {info.dtype}, the trainer in {dtype}: --dtype {dtype}")

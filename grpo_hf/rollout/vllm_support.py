@@ -93,15 +93,14 @@ def request_options(sampling: Sampling) -> dict[str, Any]:
     } | ({"structured_outputs": {k: v for k, v in structured.items() if v is not None}} if sampling.structured else {})
 
 
-def check_request(prompts: list[list[int]], sampling: Sampling, max_model_len: int) -> None:
-    """Raise ValueError for what vLLM would refuse, or sample otherwise than asked."""
-    check_sampling(sampling)
-    needed = max(map(len, prompts), default=0) + sampling.max_completion_length
-    if needed > max_model_len:
+def check_request(ids: list[int], max_tokens: int, max_model_length: int) -> None:
+    """Raise ValueError for what vLLM would refuse."""
+    needed = len(ids) + max_tokens
+    if needed > max_model_length:
         raise ValueError(
-            f"the longest prompt and max_completion_length make {needed} tokens, but vLLM was started for {max_model_len}, "
-            f"the most that the trainer's own data sets need; shorten the prompts, or give them to the trainer as its "
-            f"train_dataset or eval_dataset"
+            f"a prompt of {len(ids)} tokens and a completion of up to {max_tokens} make {needed} tokens, but vLLM was "
+            f"started for {max_model_length}, the most that the trainer's own data sets need; shorten the prompts, or give "
+            f"them to the trainer as its train_dataset or eval_dataset"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from grpo_hf.episodes.chat import Chat
 from grpo_hf.episodes.episode import Rules, play
 from grpo_hf.episodes.sampler import EpisodeSampler
 from grpo_hf.episodes.toolbox import Toolbox, ToolSettings
+from grpo_hf.rewards.signature import Reward, describe
 from grpo_hf.rollout.engine import Engine, Sampling
 from grpo_hf.rollout.stream import SampleFunction
 from grpo_hf.training.config import GRPOConfig
@@ -31,6 +33,18 @@ def make_toolbox(
         concurrency=args.reward_concurrency,
     )
     return Toolbox(tools, environments, settings)
+
+
+def rewards_of(toolbox: Toolbox | None) -> list[Reward]:
+    """One for each class of environments that has get_reward; others' episodes have none of it (TRL's)."""
+
+    def reward(name: str) -> Reward:
+        def get_reward(environments: list[Any], **kwargs: Any) -> list[float | None]:
+            return [item.get_reward() if type(item).__name__ == name else None for item in environments]
+
+        return replace(describe(name, get_reward), per_sample=True, of_environment=True)
+
+    return [reward(name) for name in (toolbox.rewards if toolbox else ())]
 
 
 def make_episodes(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_hf.rollout.engine import Engine, Sampling
 from grpo_hf.rollout.peers import Peers
@@ -23,20 +23,24 @@ def make_engine(
     args: GRPOConfig,
     *,
     sampling: Sampling,
-    prompts: Iterable[PromptSet],
+    max_model_length: int,
     tokenizer: PreTrainedTokenizerBase,
     peers: Peers,
     sharded: bool,
 ) -> Engine:
-    """The engine that the settings ask for, on the model's device; ``prompts`` are all that it will be given."""
+    """The engine that the settings ask for, on the model's device, for sequences of so many tokens."""
     if not args.use_vllm:
         assert tokenizer.pad_token_id is not None
         return TransformersEngine(
-            model, pad_token_id=tokenizer.pad_token_id, tokenizer=tokenizer, dtype=args.compute_dtype, together=sharded
+            model,
+            pad_token_id=tokenizer.pad_token_id,
+            tokenizer=tokenizer,
+            dtype=args.compute_dtype,
+            peers=peers if sharded else None,
         )
     shared: dict[str, Any] = {
         "sampling": sampling,
-        "max_prompt_length": max(len(ids) for part in prompts for ids in part.ids),
+        "max_model_length": max_model_length,
         "dtype": args.compute_dtype,
         "lora_sync": args.vllm_lora_sync,
     }
@@ -58,6 +62,20 @@ def make_engine(
         sleep_mode=args.vllm_enable_sleep_mode,
         **shared,
     )
+
+
+OBSERVATION_TOKENS = 1024
+"""Room for what environments say to prompts at their reset, where the model's context has it."""
+
+
+def longest_sequence(
+    prompts: Iterable[PromptSet], max_completion_length: int, config: PretrainedConfig, *, observations: bool
+) -> int:
+    """Tokens of the longest prompt, with what an environment may say to it (``observations``), and its completion."""
+    longest = max(len(ids) for part in prompts for ids in part.ids) + max_completion_length
+    context = getattr(config, "max_position_embeddings", None)
+    room = OBSERVATION_TOKENS if context is None else min(OBSERVATION_TOKENS, max(context - longest, 0))
+    return longest + room * observations
 
 
 def make_sampling(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> Sampling:

@@ -42,9 +42,9 @@ from grpo_hf.rollout.stream import GroupSampler, Rollout, RolloutStream, SampleF
 from grpo_hf.rollout.vllm_support import installed_vllm
 from grpo_hf.training import callbacks as own_callbacks
 from grpo_hf.training import checkpoints, checks
-from grpo_hf.training.agents import make_episodes, make_toolbox, rollouts_of
+from grpo_hf.training.agents import make_episodes, make_toolbox, rewards_of, rollouts_of
 from grpo_hf.training.config import GRPOConfig
-from grpo_hf.training.engines import make_engine, make_sampling
+from grpo_hf.training.engines import longest_sequence, make_engine, make_sampling
 from grpo_hf.training.guards import GuardError, Guards, Seen
 from grpo_hf.training.models import causal_lm, is_sharded, load_config, load_model, load_tokenizer
 from grpo_hf.training.policy import Policy, with_logprobs
@@ -97,7 +97,7 @@ class GRPOTrainer(Trainer):
         if self.toolbox is not None and rollout_func is not None:
             raise ValueError("a rollout_func makes whole completions, so it calls tools itself: give it, or tools and environments")
         self.rewards, self.reward_weights = checks.checked_rewards(
-            reward_funcs, args, reward_processing_classes, owned=self.toolbox.rewards if self.toolbox else ()
+            reward_funcs, args, reward_processing_classes, owned=rewards_of(self.toolbox)
         )
         self.scorer = Scorer(self.rewards, self.reward_weights, args.reward_settings())
         init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
@@ -223,11 +223,17 @@ class GRPOTrainer(Trainer):
     def _make_stream(self, tokenizer: PreTrainedTokenizerBase) -> RolloutStream:
         args = self.args
         sampling = make_sampling(args, tokenizer, causal_lm(self.model))
+        length = longest_sequence(
+            [self.prompts, *self.eval_prompts.values()],
+            args.max_completion_length,
+            causal_lm(self.model).config,
+            observations=self.toolbox is not None and bool(self.toolbox.environments),
+        )
         engine = make_engine(
             self.model,
             args,
             sampling=sampling,
-            prompts=[self.prompts, *self.eval_prompts.values()],
+            max_model_length=length,
             tokenizer=tokenizer,
             peers=self.peers,
             sharded=self.policy.sharded,
