@@ -1,4 +1,4 @@
-"""What recipes/calculator.yaml trains on: sums of three numbers, a tool that calculates them, and who says whether it helped."""
+"""What recipes/calculator.yaml trains on: sums of three numbers, a tool that calculates them, and a verifier."""
 
 from __future__ import annotations
 

@@ -37,6 +37,11 @@ class RunArguments:
     system_prompt: str | None = option(None, "Makes the prompt chat messages, with this first.")
     rewards: list = field(default_factory=list, metadata={"help": "Names, functions, or {name: ..., option: ...}."})
     headline: str | None = option(None, "The reward that the last line shows before and after; default: the first.")
+    tools: list = field(default_factory=list, metadata={"help": "path/file.py:function, which the model may call."})
+    environment_factory: Any = option(
+        None,
+        "path/file.py:Class, whose methods are its episode's tools; or {name: ...}: the column environment chooses.",
+    )
     use_peft: bool = option(False, "Train a LoRA adapter instead of all weights.")
     lora_r: int = option(16, "LoRA rank.")
     lora_alpha: int = option(32, "LoRA scale: alpha / r.")

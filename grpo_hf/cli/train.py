@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -20,8 +20,9 @@ from grpo_hf.report import write_report
 from grpo_hf.rewards import check_columns
 from grpo_hf.rewards.loading import load_function
 from grpo_hf.rollout.prompts import checked_dataset
+from grpo_hf.training.agents import make_toolbox, rewards_of
 from grpo_hf.training.checkpoints import resume_point
-from grpo_hf.training.checks import checked_rewards
+from grpo_hf.training.checks import checked_rewards, with_environment
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.trainer import GRPOTrainer
 
@@ -68,15 +69,22 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
     for names in (("model_name_or_path", "model_function"), ("dataset_name", "dataset_function")):
         if sum(getattr(run, name) is not None for name in names) != 1:
             raise ValueError(f"set {names[0]} or {names[1]}, one of them")
+    tools, environments = [named(spec) for spec in run.tools], run.environment_factory
+    if isinstance(environments, dict):
+        environments = {key: named(spec) for key, spec in environments.items()}
+    elif environments is not None:
+        environments = named(environments)
+    toolbox = make_toolbox(tools, environments, config)
     train, held_out = load_data(run)
-    rewards, _ = checked_rewards(run.rewards, config)
-    check_columns(rewards, checked_dataset(train, "train_dataset").column_names, "train_dataset")
+    rewards, _ = checked_rewards(run.rewards, config, owned=rewards_of(toolbox))
+    rows = with_environment(train, "train_dataset", config, toolbox) if toolbox else train
+    check_columns(rewards, checked_dataset(rows, "train_dataset").column_names, "train_dataset")
     if run.headline not in (None, *(known := [reward.name for reward in rewards])):
         raise ValueError(f"headline={run.headline!r} is none of the rewards, which are {', '.join(known)}")
     model: Any = run.model_name_or_path
     tokenizer = None
     if run.model_function is not None:
-        model, tokenizer = call(run.model_function, seed=config.seed, **run.model_options)
+        model, tokenizer = named(run.model_function)(seed=config.seed, **run.model_options)
     peft_config = None
     if run.use_peft:
         peft_config = LoraConfig(
@@ -86,13 +94,23 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
             target_modules=run.lora_target_modules,
             task_type="CAUSAL_LM",
         )
-    return GRPOTrainer(model, list(rewards), config, train, held_out, tokenizer, peft_config=peft_config)
+    return GRPOTrainer(
+        model,
+        rewards[: len(rewards) - len(rewards_of(toolbox))],  # it adds its environments' itself
+        config,
+        train,
+        held_out,
+        tokenizer,
+        peft_config=peft_config,
+        tools=tools,
+        environment_factory=environments,
+    )
 
 
 def load_data(run: RunArguments) -> tuple[Dataset, Dataset | None]:
     """The training rows and the held-out rows, with their prompts made."""
     if run.dataset_function is not None:
-        train, held_out = call(run.dataset_function, **run.dataset_options)
+        train, held_out = named(run.dataset_function)(**run.dataset_options)
     elif (suffix := Path(str(run.dataset_name)).suffix) in FORMATS:
         files = {"train": run.dataset_name} | ({"test": run.dataset_test_file} if run.dataset_test_file else {})
         loaded = load_dataset(FORMATS[suffix], data_files=files)
@@ -126,12 +144,12 @@ def with_prompts(rows: Dataset, run: RunArguments) -> Dataset:
     return rows.map(prompt)
 
 
-def call(spec: str, **options: Any) -> Any:
-    """Call `path/file.py:function` or `package.module:function`."""
-    place, colon, attribute = spec.rpartition(":")
+def named(spec: str) -> Callable[..., Any]:
+    """`path/file.py:function` or `package.module:function`."""
+    place, colon, attribute = str(spec).rpartition(":")
     if not colon:
         raise ValueError(f"{spec!r} names no function; write path/file.py:function or package.module:function")
-    return load_function(place, attribute, spec)(**options)
+    return load_function(place, attribute, spec)
 
 
 def last_value(trainer: GRPOTrainer, name: str) -> float | None:
