@@ -9,8 +9,6 @@ import re
 import zlib
 from typing import Any
 
-from datasets import Dataset
-
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 LONGEST = 100
 """Characters of an expression."""
@@ -41,10 +39,9 @@ def value(node: ast.expr) -> int:
     raise ValueError("write whole numbers with + - *")
 
 
-def right_number(completion: list[dict[str, Any]], expression: str) -> float:
-    """1 when the last answer ends with the value and nothing else is a number in it."""
-    numbers = re.findall(r"-?\d+", completion[-1]["content"])
-    return float(completion[-1]["role"] == "assistant" and numbers == [calculate(expression)])
+def right_number(completion: str, expression: str) -> float:
+    """1 when the value is the only number in the last answer."""
+    return float(re.findall(r"-?\d+", completion) == [calculate(expression)])
 
 
 def make_sum(generator: random.Random) -> str:
@@ -72,10 +69,9 @@ def make_rows(size: int, generator: random.Random, *, held_out: bool = False) ->
     return [{"prompt": make_prompt(expression), "expression": expression} for expression in sums]
 
 
-def make_data(*, train: int = 8192, held_out: int = 256) -> tuple[Dataset, Dataset]:
+def make_data(*, train: int = 8192, held_out: int = 256) -> tuple[list[dict], list[dict]]:
     """Sums to train on, and others to evaluate on."""
-    rows, others = make_rows(train, random.Random(1)), make_rows(held_out, random.Random(2), held_out=True)
-    return Dataset.from_list(rows), Dataset.from_list(others)
+    return make_rows(train, random.Random(1)), make_rows(held_out, random.Random(2), held_out=True)
 
 
 def demonstrations(count: int, generator: random.Random) -> tuple[list[list[dict[str, Any]]], list[Any]]:

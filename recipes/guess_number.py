@@ -1,11 +1,12 @@
-"""What recipes/guess_number.yaml plays: find a number of 1 to 32 in at most six guesses from "higher" and "lower"."""
+"""What recipes/guess_number.yaml plays: find a number of 1 to 32 in at most six guesses from "higher" and "lower".
+
+This file imports next to nothing: the process of each game loads it.
+"""
 
 from __future__ import annotations
 
 import random
 from typing import Any
-
-from datasets import Dataset
 
 HIGHEST = 32
 GUESSES = 6
@@ -39,10 +40,10 @@ class GuessNumber:
         return float(self.found)
 
 
-def make_data(*, train: int = 4096, held_out: int = 256) -> tuple[Dataset, Dataset]:
+def make_data(*, train: int = 4096, held_out: int = 256) -> tuple[list[dict], list[dict]]:
     """Each number equally often, so that chance alone does not tell runs apart."""
     rows = [{"prompt": PROMPT, "number": 1 + row % HIGHEST} for row in range(train + held_out)]
-    return Dataset.from_list(rows[:train]), Dataset.from_list(rows[train:])
+    return rows[:train], rows[train:]
 
 
 def demonstrations(count: int, generator: random.Random) -> tuple[list[list[dict[str, Any]]], list[Any]]:

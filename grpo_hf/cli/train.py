@@ -110,7 +110,8 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
 def load_data(run: RunArguments) -> tuple[Dataset, Dataset | None]:
     """The training rows and the held-out rows, with their prompts made."""
     if run.dataset_function is not None:
-        train, held_out = named(run.dataset_function)(**run.dataset_options)
+        made = named(run.dataset_function)(**run.dataset_options)
+        train, held_out = (Dataset.from_list(part) if isinstance(part, list) else part for part in made)
     elif (suffix := Path(str(run.dataset_name)).suffix) in FORMATS:
         files = {"train": run.dataset_name} | ({"test": run.dataset_test_file} if run.dataset_test_file else {})
         loaded = load_dataset(FORMATS[suffix], data_files=files)
