@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from grpo_hf.episodes.calls import FORMS
 from grpo_hf.episodes.chat import Chat
 from grpo_hf.types import Branch, Message, ToolCall
 from tests.chat_families import FAMILIES, family_tokenizer
@@ -26,6 +27,9 @@ USER = {"role": "user", "content": "How is the weather?"}
 
 def call(name: str, **arguments: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+PARIS = call("weather", city="Paris", days=3)
 
 
 def result(name: str, content: str) -> Message:
@@ -98,7 +102,7 @@ def test_every_sampled_id_stands_once_where_it_was_sampled_and_the_rest_is_the_t
     family, chat = FAMILIES[name], make_chat(name)
     thought = {chat.template.thinking_key: "Let me see."} if family.thinks else {}
     assert bool(chat.template.thinking_key) == family.thinks
-    first = [call("weather", city="Paris", days=3), call("add", a=1, b=2.5)][: 2 if family.several else 1]
+    first = [PARIS, call("add", a=1, b=2.5)][: 2 if family.several else 1]
     turns = [
         ([*first], thought, "", [result("weather", "sunny, 20°"), result("add", "3.5")][: len(first)]),
         ([call("add", a=1, b='x"y')], thought, "", [result("add", "error: b must be a number")]),
@@ -144,6 +148,7 @@ def test_every_sampled_id_stands_once_where_it_was_sampled_and_the_rest_is_the_t
 
 
 HEAD = "<|im_start|>assistant\n"
+NEXT = "\n<|im_start|>user\nAnd?<|im_end|>\n" + HEAD
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,8 @@ HEAD = "<|im_start|>assistant\n"
     [
         ("qwen2.5", '<tool_call>{"arguments":{"days":3,"city":"Paris"},"name":"weather"}</tool_call><|im_end|>'),
         ("qwen3", '<tool_call>\n{"name":"weather", "arguments":{"city":"Paris","days":3}}\n</tool_call>\n<|im_end|>'),
-        ("qwen3", '<think>Hm.</think> <tool_call>{"name":"weather","arguments":{"city":"Paris","days":3}}</tool_call><|im_end|>'),
+        ("qwen3", '<think>Hm.</think> <tool_call>{"name":"weather","arguments":{"city":"Paris", "days":3}}</tool_call>'
+         "<|im_end|>"),
         ("glm4.5", "<tool_call>weather<arg_key>city</arg_key><arg_value>Paris</arg_value>\n\n"
          "<arg_key>days</arg_key><arg_value>3</arg_value></tool_call><|observation|>"),
         ("llama3.1", '{"name":"weather","parameters":{"city":"Paris","days":3}}<|eot_id|>'),
@@ -177,10 +183,10 @@ def test_what_a_model_spells_otherwise_stays_as_it_was_sampled(name, text):
 @pytest.mark.parametrize(
     ("name", "sampled", "tail", "rewritten"),
     [
-        ("qwen2.5", "Yes.<|im_end|>", "Yes.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n", False),
-        ("qwen2.5", "Yes.<|endoftext|>", "Yes.<|endoftext|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n", False),
-        ("qwen2.5", "Yes\n", "Yes\n<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n", False),
-        ("qwen2.5", "<|im_end|>", "assistant\n<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("qwen2.5", "Yes.<|im_end|>", "Yes.<|im_end|>" + NEXT, False),
+        ("qwen2.5", "Yes.<|endoftext|>", "Yes.<|endoftext|>" + NEXT, False),
+        ("qwen2.5", "Yes\n", "Yes\n<|im_end|>" + NEXT, False),
+        ("qwen2.5", "<|im_end|>", "assistant\n<|im_end|>" + NEXT, False),
         ("llama3.1", "Yes.<|eom_id|>", "Yes.<|eom_id|><|start_header_id|>user<|end_header_id|>\n\nAnd?<|eot_id|>"
          "<|start_header_id|>assistant<|end_header_id|>\n\n", False),
         ("gpt_oss", "<|channel|>final<|message|>Yes.<|return|>", "<|channel|>final<|message|>Yes.<|end|>"
@@ -199,6 +205,17 @@ def test_how_a_turn_ended(name, sampled, tail, rewritten):
     assert (following[: len(context)] == context) == (not rewritten)
 
 
+def test_ids_of_calls_are_the_models_where_the_template_can_show_them():
+    chat = make_chat("mistral_nemo")
+    opening = chat.opening([USER], SCHEMAS)
+    for written, shown in (("abcdefghi", "abcdefghi"), ("1", "call00000")):
+        ids = encoded(chat, f'[TOOL_CALLS][{{"name": "add", "arguments": {{"a": 1, "b": 2}}, "id": "{written}"}}]</s>')
+        following, rewritten = chat.follow(opening + ids, [USER, chat.read(ids)[0]], [result("add", "3")], SCHEMAS)
+        assert not rewritten
+        told = chat.tokenizer.decode(following[len(opening + ids) :])
+        assert told == f'[TOOL_RESULTS]{{"content": 3, "call_id": "{shown}"}}[/TOOL_RESULTS]'
+
+
 def test_text_of_special_tokens_moves_no_end():
     chat = make_chat("qwen2.5")
     text = '<tool_call>\n{"name": "weather", "arguments": {"city": "<|im_end|>", "days": 3}}\n</tool_call>'
@@ -209,7 +226,7 @@ def test_text_of_special_tokens_moves_no_end():
     assert calls[0].arguments["city"] == "<|im_end|>" and ids.count(ids[-1]) == 1
     following, rewritten = chat.follow(context, [USER, message], [result("weather", "a<|im_end|>b")], SCHEMAS)
     assert not rewritten
-    added = "\n<|im_start|>user\n<tool_response>\na<|im_end|>b\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    added = "\n<|im_start|>user\n<tool_response>\na<|im_end|>b\n</tool_response><|im_end|>\n" + HEAD
     assert chat.tokenizer.decode(following[len(context) :]) == added
 
 
@@ -270,13 +287,15 @@ def test_what_is_no_call_is_content(name, text):
         ("mistral", '[TOOL_CALLS]f[ARGS]{"a": 1} [TOOL_CALLS]g[CALL_ID]abcdefghi[ARGS]{}', "", [("f", {"a": 1}), ("g", {})]),
         ("harmony", '<|channel|>commentary<|message|>Now.<|end|><|start|>assistant<|channel|>commentary to=functions.f '
          '<|constrain|>json<|message|>{"a": 1}<|call|>', "Now.", [("f", {"a": 1})]),
-        ("deepseek", '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>', "", [("f", {"a": 1})]),
+        ("deepseek", '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>',
+         "", [("f", {"a": 1})]),
         ("function_gemma", "<start_function_call>call:f{a:<escape>x{y:1}<escape>,b:{c:[1,true]}}<end_function_call>",
          "", [("f", {"a": "x{y:1}", "b": {"c": [1, True]}})]),
         ("phi", '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}]<|/tool_call|>', "", [("f", {"a": 1})]),
         ("python", "<|tool_call_start|>[f(a='x', b={\"c\": true}, d=None), g.h()]<|tool_call_end|>",
          "", [("f", {"a": "x", "b": {"c": True}, "d": None}), ("g.h", {})]),
-        ("llama", '{"name": "f", "parameters": {"a": 1}};\n{"name": "g", "parameters": {}}', "", [("f", {"a": 1}), ("g", {})]),
+        ("llama", '{"name": "f", "parameters": {"a": 1}};\n{"name": "g", "parameters": {}}',
+         "", [("f", {"a": 1}), ("g", {})]),
     ],
 )  # fmt: skip
 def test_forms_of_calls(form, text, said, functions):
@@ -313,7 +332,7 @@ def test_calls_that_a_template_shows_in_the_content_only():
     assert message["content"] == "I look." and calls == [ToolCall("weather", {"city": "Köln", "days": 1})]
     context = chat.opening([USER], SCHEMAS) + ids
     following, rewritten = chat.follow(context, [USER, message], [result("weather", "sunny")], SCHEMAS)
-    assert chat.tokenizer.decode(following[len(context) :]) == "\n<|im_start|>user\nsunny<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.tokenizer.decode(following[len(context) :]) == "\n<|im_start|>user\nsunny<|im_end|>\n" + HEAD
     assert not rewritten
 
 
@@ -370,9 +389,8 @@ def test_a_tokenizer_reads_with_its_own_response_template_where_it_has_one():
 def test_thinking_that_a_template_never_shows_again_makes_a_branch_each_turn(name, kwargs):
     chat = make_chat(name, **kwargs)
     text = "" if kwargs else "Hm.\n</think>\n\n"
-    body = {"deepseek_v3": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Paris", '
-            '"days": 3}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>'}  # fmt: skip
-    ids = encoded(chat, text + body.get(name, hermes('{"name": "weather", "arguments": {"city": "Paris", "days": 3}}')))
+    said = rendered(chat, name, [USER, {"role": "assistant", "content": "", "tool_calls": [PARIS]}], **kwargs)
+    ids = encoded(chat, text + said[said.rindex("<｜tool▁calls▁begin｜>" if name == "deepseek_v3" else "<tool_call>") :])
     message, calls = chat.read(ids)
     assert calls == [ToolCall("weather", {"city": "Paris", "days": 3})] and ("Hm." in message["content"]) == (not kwargs)
     context, new = chat.opening([USER], SCHEMAS) + ids, [result("weather", "sunny")]
