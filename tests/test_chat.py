@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from grpo_hf.episodes.calls import FORMS
 from grpo_hf.episodes.chat import Chat
@@ -147,6 +148,14 @@ def test_every_sampled_id_stands_once_where_it_was_sampled_and_the_rest_is_the_t
         assert context == encoded(chat, rendered(chat, name, messages).removesuffix("\n"))
 
 
+# Shows what there are for tools and what they have answered, but calls only where they stand in the content, as SmolLM3's.
+IN_CONTENT = """{% if tools %}<|im_start|>system
+Tools: {{ tools | tojson }}
+Write <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 HEAD = "<|im_start|>assistant\n"
 NEXT = "\n<|im_start|>user\nAnd?<|im_end|>\n" + HEAD
 
@@ -216,18 +225,76 @@ def test_ids_of_calls_are_the_models_where_the_template_can_show_them():
         assert told == f'[TOOL_RESULTS]{{"content": 3, "call_id": "{shown}"}}[/TOOL_RESULTS]'
 
 
-def test_text_of_special_tokens_moves_no_end():
-    chat = make_chat("qwen2.5")
-    text = '<tool_call>\n{"name": "weather", "arguments": {"city": "<|im_end|>", "days": 3}}\n</tool_call>'
-    plain = chat.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    ids = [*plain, *encoded(chat, "<|im_end|>")]
+@pytest.mark.parametrize(
+    ("name", "special", "stop", "head"),
+    [
+        ("qwen2.5", "<|im_end|>", "<|im_end|>", "\n<|im_start|>user\n<tool_response>\n"),
+        ("qwen3", "<|im_end|>", "<|im_end|>", "\n<|im_start|>user\n<tool_response>\n"),
+        ("glm4.5", "<|user|>", "<|observation|>", "\n<tool_response>\n"),
+    ],
+)
+def test_text_of_special_tokens_moves_no_end(name, special, stop, head):
+    chat = make_chat(name)
+    said = {"role": "assistant", "content": "", "tool_calls": [call("weather", city=special, days=3)]}
+    text = rendered(chat, name, [USER, said])
+    text = text[text.rindex("<tool_call>") :].removesuffix("<|im_end|>\n")
+    ids = chat.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] + encoded(chat, stop)
     context = chat.opening([USER], SCHEMAS) + ids
-    message, calls = chat.read(ids)
-    assert calls[0].arguments["city"] == "<|im_end|>" and ids.count(ids[-1]) == 1
-    following, rewritten = chat.follow(context, [USER, message], [result("weather", "a<|im_end|>b")], SCHEMAS)
+    message, calls = chat.read(ids, SCHEMAS)
+    assert calls[0].arguments["city"] == special and encoded(chat, special)[0] not in ids[:-1]
+    following, rewritten = chat.follow(context, [USER, message], [result("weather", f"a{special}b")], SCHEMAS)
     assert not rewritten
-    added = "\n<|im_start|>user\n<tool_response>\na<|im_end|>b\n</tool_response><|im_end|>\n" + HEAD
-    assert chat.tokenizer.decode(following[len(context) :]) == added
+    assert chat.tokenizer.decode(following[len(context) :]).startswith(f"{head}a{special}b\n</tool_response>")
+
+
+def test_special_tokens_within_an_answer_are_not_in_its_content():
+    chat = make_chat("llama3.1")
+    message, _ = chat.read(encoded(chat, "Yes<|eom_id|> no<|python_tag|><|eot_id|>"))
+    assert message == {"role": "assistant", "content": "Yes no"}
+
+
+def test_a_preamble_beside_thinking_that_the_template_cannot_show_with_it_stays_in_the_ids():
+    chat = make_chat("gpt_oss")
+    text = (
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+        '<|start|>assistant<|channel|>commentary to=functions.weather<|message|>{"city": "Paris", "days": 3}<|call|>'
+    )
+    context = chat.opening([USER], SCHEMAS) + encoded(chat, text)
+    message, _ = chat.read(encoded(chat, text))
+    assert message == {"role": "assistant", "content": "I look.", "thinking": "Hm.", "tool_calls": [PARIS]}
+    following, rewritten = chat.follow(context, [USER, message], [result("weather", "sunny")], SCHEMAS)
+    assert not rewritten and following[: len(context)] == context
+
+
+def test_what_is_added_is_tokenized_as_what_follows_on_a_special_token():
+    chat = make_chat("qwen2.5")
+    first_word_is_marked = pre_tokenizers.Metaspace(prepend_scheme="first")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    chat.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first_word_is_marked, byte_level])
+    messages, new = [USER, {"role": "assistant", "content": "", "tool_calls": [PARIS]}], [result("weather", "sunny")]
+    said = rendered(chat, "qwen2.5", messages)
+    ids = encoded(chat, said[said.rindex("<tool_call>") :].removesuffix("\n"))
+    following, _ = chat.follow(chat.opening([USER], SCHEMAS) + ids, messages, new, SCHEMAS)
+    assert following == encoded(chat, rendered(chat, "qwen2.5", messages + new, add_generation_prompt=True))
+
+
+@pytest.mark.parametrize(
+    ("shown", "sampled", "rewritten"),
+    [
+        ("m.content", "<think>Hm.</think>Yes.", False),
+        ("m.content.split('</think>')[-1]", "Yes.", False),
+        ("m.content.split('</think>')[-1]", "<think>Hm.</think>Yes.", True),
+        ("m.content if loop.last or m.role != 'assistant' else '...'", "Yes.", True),
+        ("m.content if loop.last else m.content | trim", " Yes. ", False),
+    ],
+)
+def test_what_is_a_rewrite(shown, sampled, rewritten):
+    chat = make_chat("qwen2.5", IN_CONTENT.replace("m.content", shown))
+    ids = encoded(chat, sampled + "<|im_end|>")
+    context, messages = chat.opening([USER], SCHEMAS) + ids, [USER, chat.read(ids)[0]]
+    following, otherwise = chat.follow(context, messages, [{"role": "user", "content": "And?"}], SCHEMAS)
+    assert otherwise == rewritten and (following[: len(context)] == context) == (not rewritten)
+    assert chat.tokenizer.decode(following).endswith(NEXT)
 
 
 def hermes(text: str) -> str:
@@ -312,16 +379,6 @@ def test_values_without_a_type_of_their_own_have_the_schemas():
     text = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
     _, calls = chat.read(encoded(chat, hermes(f"<function=f>\n{text}</function>")), [schema("f", **kinds)])
     assert calls == [ToolCall("f", {"s": "7", "i": 7, "f": 2.5, "b": True, "l": ["x"], "n": "x"})]
-
-
-# Shows what there are for tools and what they have answered, but calls only where they stand in the content, as SmolLM3's.
-IN_CONTENT = """{% if tools %}<|im_start|>system
-Tools: {{ tools | tojson }}
-Write <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
-{% endif %}{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}
-{{ m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 
 
 def test_calls_that_a_template_shows_in_the_content_only():

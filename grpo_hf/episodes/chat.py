@@ -75,11 +75,11 @@ class Chat:
         whole = self.template.render([*messages, *new], schemas, add_generation_prompt=True)
         before, after = self.template.beyond(done, seen), self.template.beyond(whole, seen)
         if before is None or after is None:
-            return self._anew(context, whole)
+            return self._ids(whole), True
         turn, end = self.template.split(before)
         shown, rest = _cut(after, turn, end)
         if shown is None or not self._same(shown, turn, messages[-1], schemas):
-            return self._anew(context, whole)
+            return self._ids(whole), True
         ending, last = self._ids(end), context[-1]
         added = self._ids(end + rest)[len(ending) :]
         if last not in self.special:  # a length or a string has ended the turn
@@ -92,10 +92,6 @@ class Chat:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _anew(self, context: list[int], whole: str) -> tuple[list[int], bool]:
-        ids = self._ids(whole)
-        return ids, ids[: len(context)] != context
 
     def _same(self, shown: str, turn: str, message: Message, schemas: Schemas) -> bool:
         """Whether the turn is shown as it was, but for the spelling, and with its thinking."""

@@ -70,7 +70,7 @@ class Template:
 
     def render(self, messages: list[Message], schemas: Schemas, **options: Any) -> str:
         """The conversation as text."""
-        settings: dict[str, Any] = {"tools": schemas, "tokenize": False} | self.kwargs | options
+        settings: dict[str, Any] = {"tools": schemas or None, "tokenize": False} | self.kwargs | options
         return str(self.tokenizer.apply_chat_template(self._as_shown(messages), **settings))
 
     def beyond(self, whole: str, seen: str) -> str | None:
