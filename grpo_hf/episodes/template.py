@@ -143,7 +143,7 @@ class Template:
 
     def _shows(self, calls: list[Call]) -> bool:
         text = self._attempt([USER, _says(calls=calls)])
-        return all(f"{item['function']['arguments']['city']}" in text for item in calls)
+        return all(item["function"]["arguments"]["city"] in text for item in calls)
 
     def _reads(self, form: Form) -> bool:
         text = self._attempt([USER, _says(calls=CALLS[:1])])
