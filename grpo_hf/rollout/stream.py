@@ -79,7 +79,7 @@ class GroupSampler:
                 scoring.expect(group.prompt.row for group in groups)
                 for number, completions in pending.completions:
                     plain = [item for item in completions if item.messages is None]
-                    texts = self.tokenizer.batch_decode([item.ids for item in plain], skip_special_tokens=True)
+                    texts = self.tokenizer.batch_decode([item.ids for item in plain], skip_special_tokens=True) if plain else []
                     for completion, text in zip(plain, texts, strict=True):
                         completion.text = text
                     groups[number].completions = completions

@@ -39,7 +39,7 @@ def rewards_of(toolbox: Toolbox | None) -> list[Reward]:
     """One for each class of environments that has get_reward; others' episodes have none of it (TRL's)."""
 
     def reward(name: str) -> Reward:
-        def get_reward(environments: list[Any], **kwargs: Any) -> list[float | None]:
+        def get_reward(environments: list[Any], completions: Any = None, **kwargs: Any) -> list[float | None]:
             return [item.get_reward() if type(item).__name__ == name else None for item in environments]
 
         return replace(describe(name, get_reward), per_sample=True, of_environment=True)
