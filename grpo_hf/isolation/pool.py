@@ -102,6 +102,7 @@ class Lane:
                     future.set_result(job(self))
                 except BaseException as error:
                     future.set_exception(error)
+            del job, future  # nothing of a job is kept while the next is waited for
 
     def worker(self, key: str) -> Worker:
         """The worker of a key, with nothing of another's in it.
