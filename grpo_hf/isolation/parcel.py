@@ -15,7 +15,7 @@ import cloudpickle
 
 from grpo_hf.isolation import inside
 from grpo_hf.isolation.by_path import from_file, place_in_file
-from grpo_hf.isolation.pool import LOAD_SECONDS, DiedError, LateError, Worker
+from grpo_hf.isolation.pool import LOAD_SECONDS, DiedError, LateError, StoppedError, Worker
 
 
 class UnloadableError(Exception):
@@ -92,6 +92,8 @@ class Courier:
             problem = made.call(inside.load, parcel.slot, parcel.blob, timeout=LOAD_SECONDS)
         except LateError:
             problem = f"it took more than {LOAD_SECONDS:g} s"
+        except StoppedError:  # which says nothing about what was sent
+            raise
         except DiedError as error:
             problem = str(error)
         if problem:

@@ -47,6 +47,10 @@ class DiedError(Exception):
     """A worker has ended in the middle of a call; the text says how."""
 
 
+class StoppedError(DiedError):
+    """A worker has been ended from here in the middle of a call."""
+
+
 class Pool:
     """As many lanes as are needed, up to ``count``; ended when this is garbage, or the interpreter is."""
 
@@ -142,6 +146,7 @@ class Worker:
         Raises:
             LateError: it ran past its deadline.
             DiedError: the process has ended, or has written to the socket what is no answer.
+            StoppedError: another thread has ended it.
         """
         token, start = secrets.token_bytes(8), time.monotonic()
         data = token + pickle.dumps((function, arguments))
@@ -156,14 +161,17 @@ class Worker:
                 if kind == ANSWER:
                     return _Plain(io.BytesIO(self._read(size, end))).load()
                 end = min(time.monotonic(), start + LOAD_SECONDS) + timeout
-        except TimeoutError:
-            self.end()
-            raise LateError from None
-        except EOFError:
-            raise DiedError(_cause(self.end(wait=True))) from None
         except Exception as error:
-            self.end()
-            raise DiedError(f"its process broke: {error}") from error
+            if not self.alive:
+                raise StoppedError("its process was stopped, as nobody waits for it any more") from None
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> Exception:
+        """What stands for an error in a call, which ends it."""
+        if isinstance(error, EOFError):
+            return DiedError(_cause(self.end(wait=True)))
+        self.end()
+        return LateError() if isinstance(error, TimeoutError) else DiedError(f"its process broke: {error}")
 
     def end(self, *, wait: bool = False) -> int:
         """Kill it with all that it has started; its exit code. ``wait`` lets it end by itself first."""
@@ -202,7 +210,8 @@ class Server:
         path = json.dumps([place or os.getcwd() for place in sys.path])
         with theirs:
             command = [sys.executable, "-c", _START, str(theirs.fileno()), path, json.dumps(sorted(modules))]
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            environ = {"PYTHONHASHSEED": "0"} | os.environ  # a set of texts has one order in every run
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environ)
         self.control.settimeout(LOAD_SECONDS)
 
     def fork(self, connection: socket.socket) -> int:
@@ -266,6 +275,12 @@ def default_count() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def give_up(future: Future[Any]) -> None:
+    """Cancel a future that nobody will work on; whoever waits for it is told."""
+    if future.cancel():
+        future.set_running_or_notify_cancel()
+
+
 def _cause(exitcode: int) -> str:
     """Why a worker has ended."""
     if exitcode >= 0:
@@ -280,7 +295,7 @@ def _close(jobs: Jobs, lanes: list[Lane], process: int) -> None:
         lane.closed = True
     with contextlib.suppress(queue.Empty):
         while True:
-            jobs.get_nowait()[1].cancel()
+            give_up(jobs.get_nowait()[1])
     for lane in lanes:
         lane.close()
         jobs.put((lambda lane: None, Future()))  # for it to notice
