@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import json
 import os
 import pickle
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +27,7 @@ from grpo_hf.episodes import tools as ways
 from grpo_hf.episodes.metrics import record_calls
 from grpo_hf.episodes.settings import ToolSettings
 from grpo_hf.episodes.toolbox import Session, Toolbox
+from grpo_hf.isolation import server
 from grpo_hf.metrics import Metrics
 from grpo_hf.types import ToolCall
 
@@ -389,9 +392,16 @@ class Silent:
         pass
 
 
+def local_game() -> Any:
+    class Game(Silent):
+        pass
+
+    return Game()
+
+
 def test_schemas_and_tools_of_every_kind() -> None:
     shallow = functools.partial(double, times=2)
-    box = Toolbox([shallow, Adder(3), triple], {"world": lambda: World(), "silent": Silent}, SETTINGS)
+    box = Toolbox([shallow, Adder(3), triple], {"world": lambda: World(), "silent": local_game}, SETTINGS)
     names = [schema["function"]["name"] for schema in box.schemas({"environment": "world"})]
     assert names == ["double", "Adder", "triple", "count", "drawing", "wait_for"] == box.names
     assert [schema["function"]["name"] for schema in box.schemas({"environment": "silent"})] == names[:3]
@@ -411,7 +421,7 @@ def test_schemas_and_tools_of_every_kind() -> None:
         ValueError, match=r"row 1 of the dataset has environment='wrold', .*: world, silent \(nearest: world"
     ):
         box.check([{"environment": "world", "wish": "a"}, {"environment": "wrold"}])
-    with pytest.raises(ValueError, match=r"Silent.reset cannot be called .*\(prompt\): got an unexpected"):
+    with pytest.raises(ValueError, match=r"Game.reset cannot be called .*\(prompt\): got an unexpected"):
         box.check([{"environment": "silent", "prompt": "?"}])
     alone = Toolbox([Adder(5).add])
     assert alone.schemas({})[0]["function"]["name"] == "__call__"
@@ -551,6 +561,17 @@ def test_a_closed_toolbox_leaves_no_process_and_works_again(toolbox: Toolbox) ->
     again = box.open({"wish": "luck"}, 1)
     assert (ask(again, "double", number=1).content, ask(again, "count").content) == ("2", "1")
     box.close()
+
+
+def test_where_no_process_can_be_started_those_that_run_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left() -> int:
+        raise BlockingIOError(errno.EAGAIN, "no more processes")
+
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(os, "fork", none_left)  # as root has no limit to run into
+    with ours:
+        assert server._fork(ours, theirs.detach(), set()) == -errno.EAGAIN
+        assert ours.recv(1) == b""  # its file is closed
 
 
 SCRIPT = """

@@ -146,25 +146,26 @@ class Environment:
     def __init__(self, kind: Kind, host: Environments, row: dict[str, Any], seed: int):
         self.kind, self.settings, self.courier = kind, host.settings, host.courier
         self.worker: Worker | None = None
-        self.lost: tuple[str, str] | None = None  # an outcome, and why there is nothing to ask any more
+        self.lost: Answer | None = None  # to all that it is asked once it has ended before its time
         self.over = self.closed = False
-        self.jobs: queue.SimpleQueue[tuple[Callable[[Lane], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self.observation: Future[ToolCall] = self._later(lambda lane: self._reset(lane, row, seed))
+        self.jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self.observation: Future[ToolCall] = self._later(lambda: self._reset(row, seed))
         self.life = host.pool.submit(self._live)
 
     def call(self, call: ToolCall, seed: int) -> Future[ToolCall]:
         """Call a method."""
 
-        def job(lane: Lane) -> ToolCall:
+        def job() -> ToolCall:
             if self.lost:
-                return ended(call, refused("error", self.lost[1].partition("\n")[0], self.lost[1]))
+                _, content, message, _ = self.lost
+                return ended(call, ("error", content, message, 0.0))
             return ended(call, self._answer(call.name, worker.call_method, call.name, call.arguments, seed))
 
         return self._later(job)
 
     def finish(self, wanted: bool) -> Future[Finished]:
         """Pack it if it is ``wanted``, then ask for its reward; its process ends, and another's may begin."""
-        future = self._later(lambda lane: self._finish(wanted))
+        future = self._later(lambda: self._finish(wanted))
         self.over = True
         self.jobs.put(None)
         return future
@@ -178,7 +179,7 @@ class Environment:
         elif self.worker is not None:
             self.worker.end()
 
-    def _later(self, job: Callable[[Lane], Any]) -> Future[Any]:
+    def _later(self, job: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
         if self.over:
             give_up(future)
@@ -188,6 +189,7 @@ class Environment:
 
     def _live(self, lane: Lane) -> None:
         """Do what it is asked until it is finished or closed."""
+        self.lane = lane
         try:
             while (item := self.jobs.get()) is not None:
                 job, future = item
@@ -195,13 +197,14 @@ class Environment:
                     give_up(future)
                 elif future.set_running_or_notify_cancel():
                     try:
-                        future.set_result(job(lane))
+                        future.set_result(job())
                     except BaseException as error:
                         future.set_exception(error)
         finally:
             self._give_up()
             if self.worker is not None:
                 self.worker.end()
+                self.worker.connection.close()  # hundreds of files would be open else
 
     def _give_up(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -209,34 +212,18 @@ class Environment:
                 if (item := self.jobs.get_nowait()) is not None:
                     give_up(item[1])
 
-    def _reset(self, lane: Lane, row: dict[str, Any], seed: int) -> ToolCall:
-        slot = self.kind.parcel.slot
-
-        def start() -> None:
-            self.worker = lane.worker(_KEY)  # a new one: that of the lane's last environment has ended
-            if self.closed:
-                self.worker.end()
-
-        answer = self._answer("reset", worker.open_environment, slot, row, seed, start=start)
+    def _reset(self, row: dict[str, Any], seed: int) -> ToolCall:
+        answer = self._answer("reset", worker.open_environment, self.kind.parcel.slot, row, seed)
         if answer[0] == "error":
             self._lose("reset", answer)
         return ended(ToolCall("reset", {}), answer)
 
-    def _answer(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        what: str,
-        arguments: dict[str, Any],
-        seed: int,
-        *,
-        start: Callable[[], None] = lambda: None,
-    ) -> Answer:
+    def _answer(self, name: str, function: Callable[..., Any], what: str, arguments: dict[str, Any], seed: int) -> Answer:
         """What one of its methods answers; the environment has ended where that runs over or dies."""
 
         def ask() -> Answer:
-            start()
-            return self._ask(function, what, pickle.dumps(arguments), seed, self.settings.result_chars)
+            answer: Answer = self._ask(function, what, pickle.dumps(arguments), seed, self.settings.result_chars)
+            return answer
 
         answer = in_time(ask, self.settings.timeout)
         if answer[0] in ("timeout", "crash"):
@@ -244,12 +231,16 @@ class Environment:
         return answer
 
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        assert self.worker is not None
+        if self.worker is None:
+            self.worker = self.lane.worker(_KEY)  # a new one: that of the lane's last environment has ended
+            if self.closed:
+                self.worker.end()
         return self.courier.ask(self.worker, [self.kind.parcel], self.settings.timeout, function, *arguments)
 
     def _lose(self, name: str, answer: Answer) -> None:
         outcome, _, message, _ = answer
-        self.lost = outcome, f"the environment has ended: {name} ended in {outcome}: {message}"
+        why = f"the environment has ended: {name} ended in {outcome}"
+        self.lost = refused(outcome, why, f"{why}: {message}")
         if self.worker is not None:
             self.worker.end()
 
@@ -259,7 +250,7 @@ class Environment:
 
     def _packed(self) -> tuple[bytes, str]:
         if self.lost is not None:
-            return b"", self.lost[1]
+            return b"", self.lost[2]
         try:
             blob, problem = self._ask(worker.packed_environment)
             return blob, problem
@@ -270,7 +261,7 @@ class Environment:
 
     def _reward(self) -> Verdict:
         if self.lost is not None:
-            return Verdict(self.lost[0], message=self.lost[1])
+            return Verdict(self.lost[0], message=self.lost[2])
         start = time.perf_counter()
         try:
             return Verdict(*self._ask(worker.reward, f"{self.kind.name}.get_reward"))

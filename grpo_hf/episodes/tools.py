@@ -226,7 +226,7 @@ def in_time(ask: Callable[[], Answer], timeout: float) -> Answer:
         return ask()
     except BROKEN as error:
         outcome, why = fate(error, timeout)
-        return refused(outcome, why.partition("\n")[0], why, time.perf_counter() - start)
+        return refused(outcome, why.rpartition("\n")[2], why, time.perf_counter() - start)
     except Exception as error:  # its arguments cannot be packed
         return raised(error, time.perf_counter() - start)
 

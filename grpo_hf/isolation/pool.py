@@ -218,15 +218,18 @@ class Server:
         """Start a worker that serves a socket; its process number.
 
         Raises:
-            DiedError: the server has ended.
+            DiedError: the server has ended, or the machine allows no more processes.
         """
         with self.lock:
             try:
                 socket.send_fds(self.control, [COMMAND.pack(FORK, 0)], [connection.fileno()])
-                return self._answer()
+                pid = self._answer()
             except (OSError, EOFError) as error:
                 _servers.clear()  # the next worker gets another
                 raise DiedError(f"the process that workers are forked from has ended: {error!r}") from error
+        if pid < 0:
+            raise DiedError(f"no process can be started: {os.strerror(-pid)}")
+        return pid
 
     def end(self, pid: int, wait: bool) -> int:
         """End a worker; its exit code, and that of a killed one where the server is gone, whose workers go with it."""

@@ -7,6 +7,7 @@ modules that its workers will need and forks one in milliseconds. It is told wha
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import pickle
@@ -56,8 +57,12 @@ def main(file: int, modules: Collection[str]) -> None:
 
 
 def _fork(control: socket.socket, file: int, workers: set[int]) -> int:
-    """Start a worker that serves a socket."""
-    pid = os.fork()
+    """Start a worker that serves a socket; where that is not possible, the error's number, negative."""
+    try:
+        pid = os.fork()
+    except OSError as error:  # too many processes: those that run go on
+        os.close(file)
+        return -int(error.errno or errno.EAGAIN)
     if pid == 0:
         status = 1
         try:
