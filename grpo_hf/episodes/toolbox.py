@@ -174,6 +174,11 @@ class Session:
             self.dropped.detach()  # what is asked of it is done, whoever still holds the session
         return self.environment.finish(wanted)
 
+    @property
+    def lost(self) -> bool:
+        """Whether the environment has hung or died, and its episode with it."""
+        return self.environment is not None and self.environment.lost is not None
+
     def close(self) -> None:
         """End what still runs, and cancel what has not begun; only calls in this process run on."""
         for future in list(self.waiting):
