@@ -141,7 +141,7 @@ class Sample:
     prompt: str | list[Message]
     """The dataset's own prompt."""
     completion: str | list[Message]
-    """The text; for a chat prompt ``[{"role": "assistant", "content": text}]``, or all messages of an episode (TRL's form)."""
+    """The text; for a chat prompt ``[{"role": "assistant", "content": text}]``, of an episode all messages (TRL's form)."""
     text: str
     """The completion as text, whatever the prompt's form; of an episode the last answer."""
     completion_ids: list[int]

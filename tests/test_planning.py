@@ -173,7 +173,10 @@ def test_a_completion_without_a_sampled_token_is_not_trained_on(options: dict[st
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rollout_logprobs": [-1.0, -1.0]}, "4 ids with its prompt, is_sampled for 4 of them, and 2 log-probs for the 3 that"),
+        (
+            {"rollout_logprobs": [-1.0, -1.0]},
+            "4 ids with its prompt, is_sampled for 4 of them, and 2 log-probs for the 3 that",
+        ),
         (
             {"rollout_logprobs": [-1.0] * 3, "is_sampled": [True, False, True]},
             "4 ids with its prompt, is_sampled for 4 of them, and 3 log-probs for the 2 that",

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
+from grpo_hf.isolation.inside import MESSAGE_CHARACTERS
 from grpo_hf.rewards import RewardSettings, get_reward, register_reward, score_samples
-from grpo_hf.rewards.verdict import MESSAGE_CHARACTERS
 from grpo_hf.rewards.worker import verifier_parcel
 from grpo_hf.rewards.workers import Workers
 from grpo_hf.types import Sample

@@ -1,13 +1,23 @@
 """The transformers engine: what it samples, from which distribution, and that it leaves the model as it was."""
 
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import fully_shard
 from transformers import GenerationConfig
 
 from grpo_hf.rollout.engine import Sampling, sample_groups
-from grpo_hf.rollout.transformers_engine import SeededSampling, TransformersEngine, cut_at_stop
+from grpo_hf.rollout.peers import Peers
+from grpo_hf.rollout.transformers_engine import SeededSampling, TransformersEngine, cut_at_stop, fitting
 from grpo_hf.types import Completion
+from tests.conversations import at_once, conversations, one_at_a_time, sampled
 from tests.samples import VOCAB
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -153,3 +163,81 @@ def test_stop_strings_end_a_completion_with_the_token_that_completes_them() -> N
 def test_structured_outputs_are_refused() -> None:
     with pytest.raises(ValueError, match="need vLLM"):
         sample(tiny_model(), PROMPTS, [0] * 3, regex="w1+")
+
+
+SAMPLING = Sampling(max_completion_length=10, stop_token_ids=STOPS)
+
+
+def engine_of(model: torch.nn.Module, peers: Peers | None = None) -> TransformersEngine:
+    return TransformersEngine(model, pad_token_id=VOCAB - 2, peers=peers)
+
+
+def test_turns_of_conversations_are_those_asked_for_one_at_a_time() -> None:
+    together, alone = conversations(), conversations()
+    engine = engine_of(tiny_model())
+    assert len(at_once(engine, SAMPLING, together)) == 24
+    one_at_a_time(engine, SAMPLING, alone)
+    assert sampled(together) == sampled(alone)
+    assert len({len(turn) for turns in sampled(alone) for turn in turns}) > 5
+
+
+def test_long_requests_beside_short_ones_with_much_to_come() -> None:
+    """GPT-2 has no position after its 64th, which the long one would come to if both were padded to one length."""
+    engine, asked = engine_of(tiny_model("gpt2")), {"long": ([5] * 60, 4), "short": ([6] * 4, 60)}
+    sampling, made = Sampling(max_completion_length=10, stop_token_ids=()), []
+    for keys in (["long", "short"], ["long"], ["short"]):
+        with engine.requests(sampling) as requests:
+            for key in keys:
+                requests.add(key, asked[key][0], 1, max_tokens=asked[key][1])
+            made.append(dict(found for _ in keys for found in requests.finished()))
+            assert requests.finished() == []
+    assert made[0] == made[1] | made[2]
+    assert [len(item.ids) for (item,) in made[0].values()] == [4, 60]
+
+
+def test_what_is_padded_together_fits_the_models_context() -> None:
+    config = tiny_model().config  # of 64 positions
+    assert fitting([(70, 5), (1, 1)], config) == [True, False], "the first goes, whatever it is"
+    assert fitting([(50, 10), (10, 54), (10, 14), (60, 4), (54, 2)], config) == [True, False, True, False, False]
+    assert fitting([], config) == []
+
+
+def test_processes_whose_forward_passes_take_all_of_them(tmp_path: Path) -> None:
+    """FSDP2 over two processes, one with five conversations and the other with three shorter ones; then one with none."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", __name__]
+    done = subprocess.run(
+        [*command, str(tmp_path)], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    alone = conversations()
+    one_at_a_time(engine_of(tiny_model()), SAMPLING, alone)
+    expected = sampled(alone)
+    assert first == [expected[:5], expected[:2]]
+    assert second == [[turns[:2] for turns in expected[5:]], []]
+
+
+def sharded(folder: Path) -> None:
+    """One process's part of the above."""
+    torch.distributed.init_process_group("gloo")
+    rank, model = torch.distributed.get_rank(), tiny_model()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+    def gather(item: object) -> list[object]:
+        everyone: list[object] = [None, None]
+        torch.distributed.all_gather_object(everyone, item)
+        return everyone
+
+    engine, made = engine_of(model, Peers(rank, 2, gather)), []
+    for parts, turns in (((slice(5), slice(5, 8)), (3, 2)), ((slice(2), slice(0)), (3, 3))):
+        own = conversations()[parts[rank]]
+        at_once(engine, SAMPLING, own, turns=turns[rank])
+        made.append(sampled(own))
+    (folder / f"{rank}.json").write_text(json.dumps(made))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sharded(Path(sys.argv[1]))

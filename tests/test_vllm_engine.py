@@ -16,6 +16,7 @@ from grpo_hf.rollout.transformers_engine import cut_at_text
 from grpo_hf.rollout.vllm_engine import VLLMEngine, as_it_was, same_random_state
 from grpo_hf.rollout.vllm_support import BATCHED_TOKENS
 from grpo_hf.rollout.weight_sync import StaleEngineError
+from tests.conversations import at_once, conversations, one_at_a_time, sampled
 from tests.tiny_models import tiny_tokenizer
 from tests.tiny_vllm import (
     JSON_WORDS,
@@ -108,6 +109,15 @@ def test_a_stale_engine_is_not_sampled_from(engine: VLLMEngine) -> None:
         sample_groups(engine, PROMPTS, SEEDS, 4, SAMPLING)
 
 
+def test_weights_that_change_between_turns_are_noticed(engine: VLLMEngine) -> None:
+    """And what is open when that stops its caller is given up."""
+    with pytest.raises(StaleEngineError, match="those after update 0"), engine.requests(SAMPLING) as requests:
+        requests.add("first", [5], 1)
+        update(engine.weights.model, 1)
+        requests.add("second", [6], 1)
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+
+
 def test_what_was_sampled_before_an_update_is_not_taken_from_the_cache(engine: VLLMEngine) -> None:
     sample(engine)
     update(engine.weights.model, 1)
@@ -122,6 +132,24 @@ def test_more_prompts_than_one_step_takes(engine: VLLMEngine) -> None:
     prompts = [[*range(1, 40), number % 80 + 1] for number in range(2 * BATCHED_TOKENS // 40)]
     groups = sample(engine, replace(SAMPLING, max_completion_length=1), prompts=prompts, seeds=[*range(len(prompts))], n=1)
     assert len(groups) == len(prompts) and all(len(item.ids) == 1 for group in groups for item in group)
+
+
+def test_turns_of_conversations_are_those_asked_for_one_at_a_time(engine: VLLMEngine) -> None:
+    """And nobody waits for another's turn."""
+    together, alone = conversations(), conversations()
+    ended = at_once(engine, SAMPLING, together)
+    assert ended != sorted(ended) and len(ended) == 24
+    one_at_a_time(engine, SAMPLING, alone)
+    assert sampled(together) == sampled(alone)
+
+
+def test_finished_takes_one_step_where_it_may_take_no_time(engine: VLLMEngine) -> None:
+    with engine.requests(replace(SAMPLING, stop_token_ids=())) as requests:
+        requests.add("long", [5], 1, count=2)
+        requests.add("short", [6], 1, max_tokens=3)
+        steps = [requests.finished(timeout=0) for _ in range(25)]
+    keys = [[key for key, _ in found] for found in steps if found]
+    assert keys == [["short"], ["long"]] and steps[0] == []
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(engine: VLLMEngine) -> None:
@@ -141,7 +169,9 @@ def filtered_engine() -> VLLMEngine:
     random.seed(5)
     np.random.seed(5)
     before = random_state(), torch.get_num_threads(), torch.set_num_threads, os.environ.get("LD_PRELOAD")
-    engine = VLLMEngine(vllm_model(seed=3), sampling=sampling, max_model_length=60)
+    model = vllm_model(seed=3)
+    model.config.max_position_embeddings = 512
+    engine = VLLMEngine(model, sampling=sampling, max_model_length=512)
     torch.manual_seed(5)  # vllm_model has used it
     assert before == (random_state(), torch.get_num_threads(), torch.set_num_threads, os.environ.get("LD_PRELOAD"))
     engine.sync_weights(0)
@@ -188,6 +218,31 @@ def test_filtered_samples_have_the_filtered_distribution(filtered_engine: VLLMEn
     expected = kept / kept.sum()
     assert counts[expected == 0].sum() == 0
     assert (counts / 4000 - expected).abs().max() < 0.03
+
+
+def test_many_long_turns_wait_for_each_other(filtered_engine: VLLMEngine) -> None:
+    """64 conversations of 400 tokens and more, where a step takes 8,192."""
+    together, alone = conversations(64, 400), conversations(64, 400)[::20]
+    at_once(filtered_engine, SAMPLING, together, turns=2)
+    one_at_a_time(filtered_engine, SAMPLING, alone, turns=2)
+    assert sampled(together)[::20] == sampled(alone)
+    assert all(len(turns) == 2 for turns in sampled(together))
+
+
+def test_what_was_sampled_is_in_the_prefix_cache_of_the_next_turn(
+    filtered_engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 32 tokens: 70 = 40 + 30, of which the last one was never an input, have filled two."""
+    engine, outputs = filtered_engine.llm.llm_engine, []
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: outputs.extend(made := step()) or made)
+    filtered_engine.llm.reset_prefix_cache()
+    with filtered_engine.requests(replace(SAMPLING, stop_token_ids=())) as requests:
+        requests.add(0, [*range(40)], 1, max_tokens=30)
+        ((_, (first,)),) = requests.finished()
+        requests.add(1, [*range(40), *first.ids, 1, 2], 2)
+        requests.finished()
+    assert [made.num_cached_tokens for made in outputs] == [0, 64]
 
 
 def test_an_engine_without_filters_gives_no_logprobs_of_filtered_samples(engine: VLLMEngine) -> None:

@@ -16,9 +16,13 @@ from torch import nn
 
 from grpo_hf.cli.serve import check_port
 from grpo_hf.rollout.engine import EngineLostError, sample_groups
+from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.vllm_client import VLLMClient
 from grpo_hf.rollout.vllm_server import VLLMServerEngine
 from grpo_hf.rollout.vllm_transfer import start_update
+from grpo_hf.rollout.weight_sync import StaleEngineError
+from tests.conversations import at_once, conversations, one_at_a_time, sampled
+from tests.peers import on_processes
 from tests.runs import AfterStep, logs, lora, values
 from tests.server import Server, engine_of
 from tests.test_vllm_training import check_two_processes, vllm_trainer
@@ -28,6 +32,7 @@ from tests.tiny_vllm import (
     difference,
     ids,
     sample,
+    update,
     vllm_model,
 )
 
@@ -46,6 +51,21 @@ def test_weights_that_are_no_longer_the_trainers_are_not_sampled_from(server: Se
     other.weights.forget()
     other.sync_weights(0)
     assert ids(sample(other)) != expected
+
+
+def test_turns_of_conversations_are_those_asked_for_one_at_a_time(server: Server) -> None:
+    """Nobody waits for another's turn, and weights that change between turns are noticed."""
+    engine, together, alone = engine_of(server, vllm_model(tied=True, seed=3)), conversations(), conversations()
+    engine.sync_weights(0)
+    ended = at_once(engine, SAMPLING, together)
+    assert ended != sorted(ended) and len(ended) == 24
+    one_at_a_time(engine, SAMPLING, alone)
+    assert sampled(together) == sampled(alone)
+    with pytest.raises(StaleEngineError), engine.requests(SAMPLING) as requests:
+        requests.add("first", [5], 1)
+        assert requests.finished(timeout=0) == []
+        update(engine.weights.model, 1)
+        requests.add("second", [6], 1)
 
 
 def test_a_sync_that_a_killed_trainer_has_left_open_is_ended(server: Server) -> None:
@@ -157,6 +177,33 @@ def test_a_killed_server_costs_no_prompt(server: Server, tmp_path: Path) -> None
     trainer.train()
     for name in ("reward", "loss", "completions/mean_length"):
         assert values(trainer, name) == pytest.approx(values(expected, name), rel=1e-4)
+
+
+def test_a_server_that_is_killed_between_turns_is_asked_for_them_again(server: Server) -> None:
+    """By two processes, one with five conversations and the other with three shorter ones; both get the same tokens."""
+    whole, models = conversations(), [vllm_model(tied=True, seed=3) for _ in range(3)]
+    engine = engine_of(server, models[2])
+    engine.sync_weights(0)
+    at_once(engine, SAMPLING, whole)
+
+    def restart(count: int) -> None:
+        if count == 3:
+            server.kill()
+            server.start()
+
+    def work(peers: Peers) -> list[list[list[int]]]:
+        engine = engine_of(server, models[peers.rank], peers=peers, timeout=300.0)
+        engine.sync_weights(0)
+        own = [conversations()[:5], conversations()[5:]][peers.rank]
+        if peers.rank == 0:
+            at_once(engine, SAMPLING, own, after=restart)
+        else:
+            at_once(engine, SAMPLING, own, turns=2)
+        return sampled(own)
+
+    first, second = on_processes(work)
+    assert first == sampled(whole)[:5]
+    assert second == [turns[:2] for turns in sampled(whole)[5:]]
 
 
 def test_a_server_that_stays_away_stops_the_run_with_its_work_saved(server: Server, tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ MALFORMED = (ValueError, SyntaxError, RecursionError, MemoryError)
 
 def call(name: Any, arguments: Any, number: str | None = None) -> Call:
     """A call as chat messages hold it; ValueError where it is none: no name, arguments that are not an object, or half a
-    character in them, which no template could show."""
+    character in them, which no template could show. Its id is kept where it is as Mistral's templates want it."""
     if not isinstance(name, str) or not name.strip() or not isinstance(arguments, dict):
         raise ValueError(f"not a call: {name!r}, {arguments!r}")
     json.dumps([name, arguments], ensure_ascii=False).encode()
     made: Call = {"type": "function", "function": {"name": name.strip(), "arguments": arguments}}
-    return made | {"id": number} if isinstance(number, str) and number else made
+    return made | {"id": number} if re.fullmatch("[A-Za-z0-9]{9}", str(number)) else made
 
 
 def marked(text: str, start: str, end: str, body: Callable[[str], tuple[list[Call], str]]) -> Read:

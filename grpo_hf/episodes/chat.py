@@ -25,13 +25,14 @@ class Chat:
         self.template = Template(tokenizer, chat_template_kwargs or {})
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special = special | set(tokenizer.all_special_ids)
+        self.has_parser = getattr(tokenizer, "response_template", None) is not None
 
     def check(self, schemas: list[dict[str, Any]]) -> None:
         """Raise ValueError where the chat template does not show tools, calls of them, or their results."""
         if hidden := self.template.hidden(schemas):
             missing = f"the tools that it is given ({', '.join(hidden)})"
-        elif self.template.form is None:
-            missing = f"a call of a tool in a form that is known ({', '.join(FORMS)})"
+        elif not self.template.shows_calls or (self.template.form is None and not self.has_parser):
+            missing = f"a call of a tool, or in none of the forms that are known ({', '.join(FORMS)})"
         elif not self.template.shows_results:
             missing = "what a tool has answered"
         else:
@@ -74,29 +75,23 @@ class Chat:
         whole = self.template.render([*messages, *new], schemas, add_generation_prompt=True)
         before, after = self.template.beyond(done, seen), self.template.beyond(whole, seen)
         if before is None or after is None:
-            return self._anew(context, whole)
+            return self._ids(whole), True
         turn, end = self.template.split(before)
         shown, rest = _cut(after, turn, end)
         if shown is None or not self._same(shown, turn, messages[-1], schemas):
-            return self._anew(context, whole)
+            return self._ids(whole), True
         ending, last = self._ids(end), context[-1]
         added = self._ids(end + rest)[len(ending) :]
-        if [last] == ending:
-            return context + added, False
-        if [last] == added[:1]:  # where the next turn's first token ends this one
-            return context + added[1:], False
-        if last not in self.special:  # a length or a string has ended it
+        if last not in self.special:  # a length or a string has ended the turn
             return context + ending + added, False
-        if ending:  # a stop token of another kind, which stays as it was sampled
+        if [last] == added[:1] != ending:  # the next turn's first token has
+            return context + added[1:], False
+        if ending:  # the template's end, or another stop token, which stays as it was sampled
             return context + added, False
         return context[:-1] + added, True  # the first token of another turn than the one that comes
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _anew(self, context: list[int], whole: str) -> tuple[list[int], bool]:
-        ids = self._ids(whole)
-        return ids, ids[: len(context)] != context
 
     def _same(self, shown: str, turn: str, message: Message, schemas: Schemas) -> bool:
         """Whether the turn is shown as it was, but for the spelling, and with its thinking."""
@@ -123,7 +118,7 @@ class Chat:
 
     def _by_response_template(self, ids: list[int], context: list[int] | None, schemas: Schemas) -> Message | None:
         """The message as the tokenizer's own parser reads it; None without one, and where it cannot."""
-        if getattr(self.tokenizer, "response_template", None) is None:
+        if not self.has_parser:
             return None
         tools: Any = schemas
         try:
@@ -132,10 +127,10 @@ class Chat:
             calls = [call(function["name"], function["arguments"]) for function in functions]
         except Exception:  # somebody else's parser over what a model has written
             return None
-        message = {"role": "assistant", "content": ""} | message | {"tool_calls": calls}
-        if not calls:
-            del message["tool_calls"]
-        return message
+        if len(calls) > 1 and not self.template.several_calls:
+            return None
+        said = {key: value for key, value in message.items() if key != "tool_calls"}
+        return {"role": "assistant", "content": ""} | said | ({"tool_calls": calls} if calls else {})
 
 
 def _cut(text: str, turn: str, end: str) -> tuple[str | None, str]:

@@ -17,7 +17,6 @@ from grpo_hf.episodes.toolbox import Session, Toolbox
 from grpo_hf.rollout.prompts import derived_seed
 from grpo_hf.types import Branch, Completion, Message, Prompt, ToolCall, Turn
 
-
 POLICIES = ("tell", "drop", "stop")
 """tell: the model is told what went wrong, and goes on. drop: the episode ends, and is left out of its group and of the loss.
 stop: the run ends. An episode whose environment is lost is dropped in any case."""
@@ -126,9 +125,7 @@ def play(prompt: Prompt, seed: int, *, chat: Chat, toolbox: Toolbox, rules: Rule
         session.close()
 
 
-def _play(
-    prompt: Prompt, seed: int, session: Session, chat: Chat, schemas: list[dict[str, Any]], rules: Rules
-) -> Episode:
+def _play(prompt: Prompt, seed: int, session: Session, chat: Chat, schemas: list[dict[str, Any]], rules: Rules) -> Episode:
     turns: list[Turn] = []
     said: list[Message] = []
     start: ToolCall = yield session.observation
@@ -140,7 +137,9 @@ def _play(
     room = min(rules.max_completion_length, rules.max_model_length - len(ids))
     if room < 1:
         start.outcome = "error"
-        start.message = f"with the observation the prompt is {len(ids)} tokens long; the context has {rules.max_model_length}"
+        start.message = (
+            f"with the observation the prompt is {len(ids)} tokens long; the context has {rules.max_model_length}"
+        )
         return Completion([], truncated=True, messages=[], reset=start, valid=False)
     policies: set[str] = set()
     while True:

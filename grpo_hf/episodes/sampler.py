@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from grpo_hf.episodes.episode import Ask, Episode
-from grpo_hf.rollout.engine import Engine, Sampling
+from grpo_hf.rollout.engine import Engine, Requests, Sampling
 from grpo_hf.types import Completion, Prompt
 
 LOOK_EVERY = 0.02
 """Seconds after which an engine that works elsewhere is left, to see which tools have answered."""
 
-Key = tuple[int, int]
+Key: TypeAlias = Any
+"""Of an episode: the number of its prompt, and its own in the group."""
 
 
 @dataclass(frozen=True)
@@ -31,43 +32,64 @@ class EpisodeSampler:
         self, prompts: list[Prompt], seeds: list[int], num_generations: int, sampling: Sampling
     ) -> Iterator[tuple[int, list[Completion]]]:
         """Yield (number of the prompt, its completions) as groups finish; completion n has the prompt's seed + n."""
-        playing: dict[Key, Episode] = {
-            (number, n): self.play(prompt, seed + n)
-            for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-            for n in range(num_generations)
-        }
-        ended: dict[int, dict[int, Completion]] = {number: {} for number in range(len(prompts))}
-        ready: deque[tuple[Key, Any]] = deque((key, None) for key in playing)
-        waiting: dict[Future[Any], Key] = {}
-        asked: set[Key] = set()
+        members = range(num_generations)
+        begun = enumerate(zip(prompts, seeds, strict=True))
+        table = Table({(number, n): self.play(prompt, seed + n) for number, (prompt, seed) in begun for n in members})
+        groups: dict[int, dict[int, Completion]] = defaultdict(dict)
         try:
             with self.engine.requests(sampling) as requests:
-                while playing:
-                    while ready:
-                        key, value = ready.popleft()
-                        try:
-                            step = playing[key].send(value)
-                        except StopIteration as end:
-                            del playing[key]
-                            number, n = key
-                            ended[number][n] = end.value
-                            if len(ended[number]) == num_generations:
-                                group = ended.pop(number)
-                                yield number, [group[n] for n in range(num_generations)]
-                            continue
-                        if isinstance(step, Ask):
-                            requests.add(key, step.ids, step.seed, max_tokens=step.max_tokens)
-                            asked.add(key)
-                        else:
-                            waiting[step] = key
-                    if waiting:  # a batch that is begun cannot be joined: it pays to wait for more of them a little
-                        patience = requests.patience if asked else None
-                        done, _ = wait(waiting, patience, FIRST_COMPLETED if patience is None else "ALL_COMPLETED")
-                        ready.extend((waiting.pop(future), future.result()) for future in sorted(done, key=waiting.__getitem__))
-                    if asked and (not ready or not requests.patience):
-                        for key, (completion,) in requests.finished(LOOK_EVERY if waiting else None):
-                            asked.remove(key)
-                            ready.append((key, completion))
+                while table.playing:
+                    for (number, n), completion in table.go_on(requests):
+                        groups[number][n] = completion
+                        if len(groups[number]) == num_generations:
+                            group = groups.pop(number)
+                            yield number, [group[n] for n in members]
+                    table.listen(requests)
         finally:
-            for episode in playing.values():
-                episode.close()
+            table.close()
+
+
+class Table:
+    """Episodes that are played, and what each of them waits for."""
+
+    def __init__(self, playing: dict[Key, Episode]):
+        self.playing = playing
+        self.answers: deque[tuple[Key, Any]] = deque((key, None) for key in playing)
+        self.asked: set[Key] = set()
+        """Wait for the engine."""
+        self.waiting: dict[Future[Any], Key] = {}
+        """Wait for a tool."""
+
+    def go_on(self, requests: Requests) -> Iterator[tuple[Key, Completion]]:
+        """Give the answers that have come; yields the episodes that end with them."""
+        while self.answers:
+            key, answer = self.answers.popleft()
+            try:
+                wanted = self.playing[key].send(answer)
+            except StopIteration as end:
+                del self.playing[key]
+                yield key, end.value
+                continue
+            if isinstance(wanted, Ask):
+                requests.add(key, wanted.ids, wanted.seed, max_tokens=wanted.max_tokens)
+                self.asked.add(key)
+            else:
+                self.waiting[wanted] = key
+
+    def listen(self, requests: Requests) -> None:
+        """Until a tool or the engine has answered, or the engine has taken a step."""
+        if self.waiting:
+            # A batch that has begun cannot be joined: where the engine works in such, more of them are worth a wait.
+            patience, until = (requests.patience, ALL_COMPLETED) if self.asked else (None, FIRST_COMPLETED)
+            done, _ = wait(self.waiting, patience, until)
+            for future in sorted(done, key=self.waiting.__getitem__):
+                self.answers.append((self.waiting.pop(future), future.result()))
+        if self.asked and not (self.answers and requests.patience):
+            for key, (completion,) in requests.finished(LOOK_EVERY if self.waiting else None):
+                self.asked.remove(key)
+                self.answers.append((key, completion))
+
+    def close(self) -> None:
+        """End the episodes that still run."""
+        for episode in self.playing.values():
+            episode.close()

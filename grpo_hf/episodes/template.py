@@ -13,7 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from grpo_hf.episodes.calls import FORMS, HERMES, MALFORMED, THOUGHTS, Call, Form, Schemas, call
 from grpo_hf.types import Message
 
-CALLS = [call("probe_one", {"city": "a probe of words", "days": 3}), call("probe_two", {"city": "another", "days": 4})]
+CALLS = [
+    call("probe_one", {"city": "a probe of words", "days": 3}),
+    call("probe_two", {"city": "another probe of words", "days": 4}),
+]
 THOUGHT, ANSWER, RESULT = "a probe of thoughts", "a probe of answers", "a probe of results"
 USER: Message = {"role": "user", "content": "a probe of questions"}
 ANSWERED: Message = {"role": "tool", "name": "probe_one", "content": RESULT}
@@ -56,8 +59,8 @@ class Template:
         """What opens the model's turn after a user's."""
         self.form = self._find_form()
         """In which form it shows calls; None where it shows none that is known."""
-        self.several_calls = self._reads(self.form, CALLS)
-        """Whether a turn may have more than one."""
+        self.shows_calls, self.several_calls = self._shows(CALLS[:1]), self._shows(CALLS)
+        """Whether what a turn calls is in the history, and whether it may be more than one."""
         self._find_thinking()
         answered = self._attempt([USER, _says(calls=CALLS[:1]), ANSWERED], prompt=True)
         self.shows_results = RESULT in answered
@@ -67,11 +70,14 @@ class Template:
 
     def render(self, messages: list[Message], schemas: Schemas, **options: Any) -> str:
         """The conversation as text."""
-        settings: dict[str, Any] = {"tools": schemas, "tokenize": False} | self.kwargs | options
+        settings: dict[str, Any] = {"tools": schemas or None, "tokenize": False} | self.kwargs | options
         return str(self.tokenizer.apply_chat_template(self._as_shown(messages), **settings))
 
     def beyond(self, whole: str, seen: str) -> str | None:
-        """What comes after the text that a turn was sampled from; None where the whole begins otherwise, white space aside."""
+        """What comes after the text that a turn was sampled from; None where ``whole`` begins with another.
+
+        White space does not make it another: some templates end a result's line only once something follows.
+        """
         if whole.startswith(seen):
             return whole.removeprefix(seen)
         letters = "".join(seen.split())
@@ -129,22 +135,24 @@ class Template:
     def _find_form(self) -> Form | None:
         for self.arguments_as_text in (False, True):
             for form in FORMS.values():
-                if self._reads(form, CALLS[:1]):
+                if self._reads(form):
                     return form
         self.arguments_as_text = False
         self.calls_in_content = HERMES[0] in self._attempt([USER])
-        return FORMS["hermes"] if self.calls_in_content and self._reads(FORMS["hermes"], CALLS[:1]) else None
+        return FORMS["hermes"] if self.calls_in_content and self._reads(FORMS["hermes"]) else None
 
-    def _reads(self, form: Form | None, calls: list[Call]) -> bool:
+    def _shows(self, calls: list[Call]) -> bool:
         text = self._attempt([USER, _says(calls=calls)])
-        if form is None or not text:
-            return False
+        return all(item["function"]["arguments"]["city"] in text for item in calls)
+
+    def _reads(self, form: Form) -> bool:
+        text = self._attempt([USER, _says(calls=CALLS[:1])])
         try:
             turn = self.beyond(text, self._attempt([USER], prompt=True)) or text.removeprefix(self._attempt([USER]))
             found = form.parse(self.split(turn)[0], SCHEMAS)[1]
         except MALFORMED:
             return False
-        return [item["function"] for item in found] == [item["function"] for item in calls]
+        return [item["function"] for item in found] == [CALLS[0]["function"]]
 
     def _find_thinking(self) -> None:
         for key in THINKING_KEYS:
@@ -162,7 +170,7 @@ def _says(content: str = "", *, calls: list[Call], **thinking: str) -> Message:
 
 
 def _written(item: Call) -> str:
-    return f"{HERMES[0]}\n{json.dumps(item['function'])}\n{HERMES[1]}"
+    return f"{HERMES[0]}\n{json.dumps(item['function'], ensure_ascii=False)}\n{HERMES[1]}"
 
 
 def _with_text(item: Call) -> Call:

@@ -47,6 +47,10 @@ class DiedError(Exception):
     """A worker has ended in the middle of a call; the text says how."""
 
 
+class StoppedError(DiedError):
+    """A worker has been ended from here in the middle of a call."""
+
+
 class Pool:
     """As many lanes as are needed, up to ``count``; ended when this is garbage, or the interpreter is."""
 
@@ -102,6 +106,7 @@ class Lane:
                     future.set_result(job(self))
                 except BaseException as error:
                     future.set_exception(error)
+            del job, future  # nothing of a job is kept while the next is waited for
 
     def worker(self, key: str) -> Worker:
         """The worker of a key, with nothing of another's in it.
@@ -141,6 +146,7 @@ class Worker:
         Raises:
             LateError: it ran past its deadline.
             DiedError: the process has ended, or has written to the socket what is no answer.
+            StoppedError: another thread has ended it.
         """
         token, start = secrets.token_bytes(8), time.monotonic()
         data = token + pickle.dumps((function, arguments))
@@ -155,14 +161,17 @@ class Worker:
                 if kind == ANSWER:
                     return _Plain(io.BytesIO(self._read(size, end))).load()
                 end = min(time.monotonic(), start + LOAD_SECONDS) + timeout
-        except TimeoutError:
-            self.end()
-            raise LateError from None
-        except EOFError:
-            raise DiedError(_cause(self.end(wait=True))) from None
         except Exception as error:
-            self.end()
-            raise DiedError(f"its process broke: {error}") from error
+            if not self.alive:
+                raise StoppedError("its process was stopped, as nobody waits for it any more") from None
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> Exception:
+        """What stands for an error in a call, which ends it."""
+        if isinstance(error, EOFError):
+            return DiedError(_cause(self.end(wait=True)))
+        self.end()
+        return LateError() if isinstance(error, TimeoutError) else DiedError(f"its process broke: {error}")
 
     def end(self, *, wait: bool = False) -> int:
         """Kill it with all that it has started; its exit code. ``wait`` lets it end by itself first."""
@@ -201,22 +210,26 @@ class Server:
         path = json.dumps([place or os.getcwd() for place in sys.path])
         with theirs:
             command = [sys.executable, "-c", _START, str(theirs.fileno()), path, json.dumps(sorted(modules))]
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            environ = {"PYTHONHASHSEED": "0"} | os.environ  # a set of texts has one order in every run
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environ)
         self.control.settimeout(LOAD_SECONDS)
 
     def fork(self, connection: socket.socket) -> int:
         """Start a worker that serves a socket; its process number.
 
         Raises:
-            DiedError: the server has ended.
+            DiedError: the server has ended, or the machine allows no more processes.
         """
         with self.lock:
             try:
                 socket.send_fds(self.control, [COMMAND.pack(FORK, 0)], [connection.fileno()])
-                return self._answer()
+                pid = self._answer()
             except (OSError, EOFError) as error:
                 _servers.clear()  # the next worker gets another
                 raise DiedError(f"the process that workers are forked from has ended: {error!r}") from error
+        if pid < 0:
+            raise DiedError(f"no process can be started: {os.strerror(-pid)}")
+        return pid
 
     def end(self, pid: int, wait: bool) -> int:
         """End a worker; its exit code, and that of a killed one where the server is gone, whose workers go with it."""
@@ -265,6 +278,12 @@ def default_count() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def give_up(future: Future[Any]) -> None:
+    """Cancel a future that nobody will work on; whoever waits for it is told."""
+    if future.cancel():
+        future.set_running_or_notify_cancel()
+
+
 def _cause(exitcode: int) -> str:
     """Why a worker has ended."""
     if exitcode >= 0:
@@ -279,7 +298,7 @@ def _close(jobs: Jobs, lanes: list[Lane], process: int) -> None:
         lane.closed = True
     with contextlib.suppress(queue.Empty):
         while True:
-            jobs.get_nowait()[1].cancel()
+            give_up(jobs.get_nowait()[1])
     for lane in lanes:
         lane.close()
         jobs.put((lambda lane: None, Future()))  # for it to notice

@@ -1,4 +1,4 @@
-"""Async verifiers (network calls): in this process, on an event loop of their own, many at a time."""
+"""Async functions (network calls): in this process, on an event loop of their own, many at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_hf.rewards.verdict import Verdict
 
 
 class EventLoop:
-    """An event loop in a thread, which outlives the calls, so that async verifiers may keep their connections."""
+    """An event loop in a thread, which outlives the calls, so that async functions may keep their connections."""
 
     def __init__(self, *, concurrency: int = 64, timeout: float = 10.0):
         self.concurrency, self.timeout = concurrency, timeout
@@ -56,7 +56,7 @@ class EventLoop:
                 if loop in self._blocked or not self._responds(loop):
                     self._blocked.add(loop)
                     what = (
-                        "an async verifier keeps the event loop to itself (await what takes time) and ran past its deadline"
+                        "an async function keeps the event loop to itself (await what takes time) and ran past its deadline"
                     )
                     return _late(what, timeout, share)
 
@@ -68,11 +68,11 @@ class EventLoop:
         return True
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        """The loop; a new one at first, in a fork, and where a verifier has blocked the old."""
+        """The loop; a new one at first, in a fork, and where a function has blocked the old."""
         if self._process != os.getpid() or self._loop in self._blocked:
             self._process, self._loop = os.getpid(), asyncio.new_event_loop()
             self._limit = asyncio.Semaphore(self.concurrency)
-            threading.Thread(target=self._loop.run_forever, name="async verifiers", daemon=True).start()
+            threading.Thread(target=self._loop.run_forever, name="async calls", daemon=True).start()
             weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop).atexit = False
         return self._loop
 

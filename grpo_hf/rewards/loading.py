@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-_modules_from_files: dict[Path, ModuleType] = {}
+from grpo_hf.isolation.by_path import module_from_file
 
 
 def choose(setting: str, spec: str | Callable[..., Any], known: Mapping[str, Any]) -> Any:
@@ -52,23 +48,6 @@ def load_function(place: str, attribute: str, spec: str) -> Callable[..., Any]:
     return function
 
 
-def place_in_file(thing: Any) -> tuple[str, str] | None:
-    """Path and qualified name of a function or class that a file loaded by its path holds; None for any other thing."""
-    file, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
-    if not (isinstance(file, str) and isinstance(name, str) and Path(file) in _modules_from_files):
-        return None
-    return (file, name) if _attribute(_modules_from_files[Path(file)], name) is thing else None
-
-
-def from_file(file: str, name: str) -> Any:
-    """What has that qualified name in a file, which is loaded where it is not yet."""
-    return _attribute(module_from_file(file, file), name)
-
-
-def _attribute(module: ModuleType, name: str) -> Any:
-    return functools.reduce(lambda thing, part: getattr(thing, part, None), name.split("."), module)  # type: ignore
-
-
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint with the nearest known name, or nothing."""
     found = difflib.get_close_matches(name, list(names), n=1)
@@ -85,18 +64,3 @@ def _module(name: str, spec: str) -> ModuleType:
         raise ValueError(
             f"{spec!r}: there is no module {error.name!r} on the Python path; for a file write path/file.py:function"
         ) from error
-
-
-def module_from_file(file: str, spec: str) -> ModuleType:
-    """Load a Python file, once per process, as a module whose name is its path."""
-    path = Path(file).expanduser().resolve()
-    if path not in _modules_from_files:
-        if not path.is_file():
-            raise ValueError(f"{spec!r}: there is no file {path}")
-        module_spec = importlib.util.spec_from_file_location(str(path), path)
-        assert module_spec is not None and module_spec.loader is not None
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[module.__name__] = module
-        module_spec.loader.exec_module(module)
-        _modules_from_files[path] = module
-    return _modules_from_files[path]

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from grpo_hf.isolation.parcel import Parcel
 from grpo_hf.rewards.event_loop import EventLoop
 from grpo_hf.rewards.signature import Reward, judge_of, parser_of
 from grpo_hf.rewards.verdict import (
@@ -22,7 +23,6 @@ from grpo_hf.rewards.verdict import (
     sample_keywords,
     unpacked,
 )
-from grpo_hf.rewards.worker import Parcel
 from grpo_hf.rewards.workers import Gold, Workers
 from grpo_hf.types import Sample
 

@@ -97,7 +97,7 @@ def describe(name: str, function: Callable[..., Any]) -> Reward:
         built_ins=tuple(key for key in free if key in BUILT_INS),
         bound=bound,
         takes_all=any(p.kind is p.VAR_KEYWORD for p in parameters),
-        is_async=_is_async(function),
+        is_async=is_async(function),
         in_process=getattr(inner, "in_process", False),
         gold_column=gold_column if per_sample and gold_column in free else None,
     )
@@ -135,7 +135,7 @@ def where(function: Callable[..., Any]) -> str:
     return f"{place.__module__}:{place.__qualname__}"
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
+def is_async(function: Callable[..., Any]) -> bool:
     """Say whether a call gives something to await; a callable object is judged by its `__call__`."""
     inner = _inner(function)
     inner = getattr(inner, "judge", inner)

@@ -7,17 +7,14 @@ import numbers
 import pickle
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from grpo_hf.isolation.inside import described
 from grpo_hf.rewards.outcomes import BadGoldError, NoAnswer
 from grpo_hf.rewards.signature import BUILT_INS, Reward
 from grpo_hf.types import Completion, Prompt, Sample
-
-MESSAGE_CHARACTERS = 4000
-"""The end of a longer traceback is kept, where the error is."""
 
 
 @dataclass
@@ -118,9 +115,7 @@ def failed(error: BaseException, seconds: float, outcome: str | None = None) -> 
     if outcome is None:
         kinds = {BadGoldError: "bad_gold", MemoryError: "crash"}
         outcome = next((name for kind, name in kinds.items() if isinstance(error, kind)), "error")
-    frames = error.__traceback__.tb_next if error.__traceback__ else None
-    text = "".join(traceback.format_exception(type(error), error, frames)).strip()
-    return Verdict(outcome, seconds=seconds, message=text[-MESSAGE_CHARACTERS:])
+    return Verdict(outcome, seconds=seconds, message=described(error))
 
 
 def checked_score(name: str, value: Any) -> float:

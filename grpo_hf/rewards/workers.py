@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
-from grpo_hf.isolation.pool import LOAD_SECONDS, DiedError, Lane, LateError, Pool, Worker, default_count
+from grpo_hf.isolation.parcel import Courier, Parcel, UnloadableError, walls
+from grpo_hf.isolation.pool import DiedError, Lane, LateError, Pool, default_count
 from grpo_hf.rewards import worker
 from grpo_hf.rewards.settings import RewardSettings
 from grpo_hf.rewards.verdict import Logged, Verdict, failed
-from grpo_hf.rewards.worker import Parcel
 
 
 @dataclass(frozen=True)
@@ -27,19 +25,12 @@ class Gold:
 
 
 class Workers:
-    """A pool whose workers hold verifiers, and what they could not load."""
+    """A pool whose workers hold verifiers."""
 
     def __init__(self, settings: RewardSettings, modules: frozenset[str] = frozenset()):
         self.timeout = settings.timeout
-        memory = int(settings.memory_gb * 2**30)
-
-        def setup(made: Worker) -> None:
-            folder = os.getcwd()
-            path = [place or folder for place in sys.path]
-            made.call(worker.start, memory, folder, path, timeout=LOAD_SECONDS)
-
-        self.pool = Pool(settings.workers or default_count(), modules, setup)
-        self.refused: dict[str, Verdict] = {}
+        self.pool = Pool(settings.workers or default_count(), modules, walls(settings.memory_gb))
+        self.courier = Courier()
 
     def judge(
         self, verifier: Parcel, keywords: dict[str, Any], gold: Future[list[Gold]] | None, *more: Parcel
@@ -100,36 +91,13 @@ class Workers:
         """What a function of `worker` answers, or a Verdict where the worker is killed, dies or lacks what it needs."""
         start = time.perf_counter()
         try:
-            made = lane.worker(parcels[0].slot)
-            for parcel in parcels:
-                if parcel.version in self.refused:
-                    return self.refused[parcel.version]
-                if made.sent.get(parcel.slot) != parcel.version:
-                    self._load(made, parcel)
-                    if parcel.version in self.refused:
-                        return self.refused[parcel.version]
-            answer = made.call(function, *arguments, timeout=timeout)
+            return self.courier.ask(lane.worker(parcels[0].slot), parcels, timeout, function, *arguments)
+        except UnloadableError as error:
+            return Verdict("error", message=str(error))
         except LateError:
             return Verdict("timeout", seconds=timeout, message=f"it ran past its deadline of {timeout:g} s and was killed")
         except DiedError as error:
             return Verdict("crash", seconds=time.perf_counter() - start, message=str(error))
-        if any(part[-1] for part in (answer if isinstance(answer, list) else [answer])):
-            made.end()
-        return answer
-
-    def _load(self, made: Worker, parcel: Parcel) -> None:
-        """Send a worker what it lacks; what it cannot load is not tried again for every sample."""
-        try:
-            verdict = _verdict(made.call(worker.load, parcel.slot, parcel.blob, timeout=LOAD_SECONDS))
-        except LateError:
-            verdict = Verdict("timeout", seconds=LOAD_SECONDS, message=f"it took more than {LOAD_SECONDS:g} s")
-        except DiedError as error:
-            verdict = Verdict("crash", message=str(error))
-        if verdict.outcome == "scored":
-            made.sent[parcel.slot] = parcel.version
-        else:
-            message = f"it cannot be loaded in a worker process: {verdict.message}"
-            self.refused[parcel.version] = replace(verdict, outcome="error", message=message)
 
 
 def _gold(blob: bytes, verdict: Verdict) -> Gold:
@@ -139,7 +107,7 @@ def _gold(blob: bytes, verdict: Verdict) -> Gold:
 
 def _verdict(answer: worker.Answer, *, logs: bool = True) -> Verdict:
     """Read a worker's answer; what the verifier has logged are objects of its own, which may refuse."""
-    outcome, score, seconds, message, blob, _ = answer
+    outcome, score, seconds, message, blob = answer
     try:
         logged = pickle.loads(blob) if blob and logs else Logged()
     except Exception as error:

@@ -23,7 +23,6 @@ from grpo_hf.rollout.planning import Update, scores_of
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, derived_seed
 from grpo_hf.types import Completion, Group, Prompt
 
-
 SampleFunction = Callable[[list[Prompt], list[int], int, Sampling], Iterator[tuple[int, list[Completion]]]]
 """Prompts, their seeds, completions of each, settings -> (number of the prompt, its completions) as groups finish."""
 
@@ -79,7 +78,9 @@ class GroupSampler:
                 scoring.expect(group.prompt.row for group in groups)
                 for number, completions in pending.completions:
                     plain = [item for item in completions if item.messages is None]
-                    texts = self.tokenizer.batch_decode([item.ids for item in plain], skip_special_tokens=True)
+                    texts = (
+                        self.tokenizer.batch_decode([item.ids for item in plain], skip_special_tokens=True) if plain else []
+                    )
                     for completion, text in zip(plain, texts, strict=True):
                         completion.text = text
                     groups[number].completions = completions

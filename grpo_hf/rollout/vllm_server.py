@@ -235,16 +235,17 @@ class ServerRequests:
         asked again, of a server that has the trainer's weights."""
         engine = self.engine
         everyone = engine.peers.gather((len(self.lost), self.progress))
-        if not any(lost for lost, _ in everyone):
+        count, progress = map(sum, zip(*everyone, strict=True))
+        if not count:
             return False
-        self.failures = 0 if any(progress for _, progress in everyone) else self.failures + 1
+        self.failures = 0 if progress else self.failures + 1
         self.progress = 0
         if self.failures >= TRIES:
             raise EngineLostError(
                 f"the vLLM server at {engine.client.base_url} loses this trainer's weights again and again; is another "
                 "trainer using it? Each needs a server of its own"
             )
-        logger.warning(f"the vLLM server at {engine.client.base_url} was lost; {len(self.lost)} requests are sampled again")
+        logger.warning(f"the vLLM server at {engine.client.base_url} was lost; {count} requests are sampled again")
         engine.restore()
         self.ask = _Ask(engine, self.sampling)
         lost, self.lost = self.lost, []

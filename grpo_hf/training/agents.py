@@ -1,4 +1,4 @@
-"""What samples a trainer's groups where one answer of the engine is not all: tools and environments, or a rollout function."""
+"""What samples a trainer's groups where the engine's answer is not all: tools and environments, or a rollout function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_hf.episodes.chat import Chat
 from grpo_hf.episodes.episode import Rules, play
 from grpo_hf.episodes.sampler import EpisodeSampler
-from grpo_hf.episodes.toolbox import Toolbox, ToolSettings
+from grpo_hf.episodes.toolbox import Toolbox
 from grpo_hf.rewards.signature import Reward, describe
 from grpo_hf.rollout.engine import Engine, Sampling
 from grpo_hf.rollout.stream import SampleFunction
@@ -20,26 +20,18 @@ from grpo_hf.training.config import GRPOConfig
 from grpo_hf.types import Completion, Prompt
 
 
-def make_toolbox(
-    tools: list[Callable[..., Any]] | None, environments: Any, args: GRPOConfig
-) -> Toolbox | None:
+def make_toolbox(tools: list[Callable[..., Any]] | None, environments: Any, args: GRPOConfig) -> Toolbox | None:
     """The tools and environments of a run; None without any."""
     if not tools and not environments:
         return None
-    settings = ToolSettings(
-        timeout=args.tool_timeout,
-        memory_gb=args.reward_memory_gb,
-        workers=args.reward_workers,
-        concurrency=args.reward_concurrency,
-    )
-    return Toolbox(tools, environments, settings)
+    return Toolbox(tools, environments, args.tool_settings())
 
 
 def rewards_of(toolbox: Toolbox | None) -> list[Reward]:
     """One for each class of environments that has get_reward; others' episodes have none of it (TRL's)."""
 
     def reward(name: str) -> Reward:
-        def get_reward(environments: list[Any], **kwargs: Any) -> list[float | None]:
+        def get_reward(environments: list[Any], completions: Any = None, **kwargs: Any) -> list[float | None]:
             return [item.get_reward() if type(item).__name__ == name else None for item in environments]
 
         return replace(describe(name, get_reward), per_sample=True, of_environment=True)
@@ -95,12 +87,15 @@ def _completion(made: dict[str, Any], sampling: Sampling) -> Completion:
     logprobs = made.pop("logprobs")
     for name, values in (("env_mask", is_sampled), ("logprobs", logprobs)):
         if values is not None and len(values) != len(ids):
-            raise ValueError(f"rollout_func returned {len(values)} {name} for {len(ids)} completion_ids; return one for each")
-    own = None if logprobs is None else [_first(x) for x, wanted in zip(logprobs, is_sampled or [True] * len(ids)) if wanted]
+            raise ValueError(
+                f"rollout_func returned {len(values)} {name} for {len(ids)} completion_ids; return one for each"
+            )
+    if logprobs is not None:
+        logprobs = [_first(x) for x, wanted in zip(logprobs, is_sampled or [True] * len(ids), strict=True) if wanted]
     return Completion(
         ids=ids,
         truncated=not ids or ids[-1] not in sampling.stop_token_ids,
-        rollout_logprobs=own,
+        rollout_logprobs=logprobs,
         is_sampled=is_sampled,
         prompt_ids=[int(token) for token in made.pop("prompt_ids")],
         columns=made,

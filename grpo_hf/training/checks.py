@@ -24,6 +24,7 @@ from grpo_hf.training.policy import StepReport
 
 logger = logging.get_logger(__name__)
 
+
 def check_reference(args: GRPOConfig, *, lora: bool) -> None:
     """A reference that moves is a model of its own; under LoRA it is the policy with its adapter switched off."""
     if args.sync_ref_model and lora:
@@ -99,7 +100,7 @@ def checked_prompts(
         max_prompt_length=None if context is None else context - args.max_completion_length,
         overlong_prompts=args.overlong_prompts,
         chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
-        schemas=toolbox and toolbox.schemas,
+        schemas=None if toolbox is None else toolbox.schemas,
     )
     check_token_ids(prompts, name, tokenizer, config)
     return prompts if args.bad_gold_rows == "keep" else with_good_gold(prompts, name, args, scorer)
@@ -108,20 +109,20 @@ def checked_prompts(
 def with_environment(table: Any, name: str, args: GRPOConfig, toolbox: Toolbox) -> Any:
     """The rows of a run with tools: each is a chat, and an environment may bring its own prompt, or all of the data."""
     blank = [{"role": "user", "content": ""}]
-    if table is None and toolbox.environments:
-        if len(toolbox.environments) > 1 or None not in toolbox.environments:
+    if table is None and toolbox.kinds:
+        if len(toolbox.kinds) > 1 or None not in toolbox.kinds:
             raise ValueError(
                 f"a dict of environments requires a `train_dataset` with a column 'environment' that names one of "
-                f"{', '.join(map(str, toolbox.environments))} in each row"
+                f"{', '.join(map(str, toolbox.kinds))} in each row"
             )
         if args.max_steps <= 0:
             raise ValueError(f"without a train_dataset max_steps says how long to train, but it is {args.max_steps}; set it")
         table = Dataset.from_dict({"prompt": [blank] * args.prompts_per_rollout})
-    if toolbox.environments and table is not None:
+    if toolbox.kinds and table is not None:
         table = Dataset.from_list(table) if isinstance(table, list) else table
         if "prompt" not in table.column_names:
             table = table.add_column("prompt", [blank] * len(table))
-    toolbox.check(checked_dataset(table, name))
+    toolbox.check(checked_dataset(table, name), name)
     return table
 
 

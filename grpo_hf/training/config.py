@@ -18,6 +18,8 @@ from grpo_hf.algorithm.kl import KL_ESTIMATORS
 from grpo_hf.algorithm.losses import LOSSES
 from grpo_hf.algorithm.objective import Objective, grpo_objective
 from grpo_hf.algorithm.trial import options_of
+from grpo_hf.episodes.episode import POLICIES
+from grpo_hf.episodes.settings import ToolSettings
 from grpo_hf.rewards.loading import choose
 from grpo_hf.rewards.settings import DEFAULT_POLICY, RewardSettings
 from grpo_hf.rollout.dynamic import CURRICULA, Choice, skip_solved
@@ -25,6 +27,7 @@ from grpo_hf.rollout.weight_sync import LORA_SYNCS
 from grpo_hf.training.config_checks import check_config
 from grpo_hf.training.guards import ACTIONS, GUARDS, Guard, chosen_guards
 from grpo_hf.training.trl_names import TRL_ONLY
+from grpo_hf.types import CALL_FAILURES
 
 if TYPE_CHECKING:
     from grpo_hf.algorithm.advantages import Credit
@@ -150,13 +153,22 @@ class GRPOConfig(TrainingArguments):
         None, f"What becomes of calls by outcome: {', '.join(f'{k}: {v}' for k, v in DEFAULT_POLICY.items())}; or stop."
     )
     reward_max_fault_share: float = option(0.2, "Stop when more of a verifier's calls over a rollout are faults.")
+    bad_gold_rows: str = option("error", "Rows whose own answer no verifier can read: 'error', 'drop', or 'keep' unseen.")
+
     # Tools and environments
     max_tool_calling_iterations: int | None = option(None, "Turns of an episode whose tool calls are run; None: no limit.")
     tool_timeout: float = option(30.0, "Seconds that one call of a tool or an environment may take.")
-    tool_policy: dict | str | None = option(
-        None, "What becomes of calls that end in error, timeout or crash: 'tell' the model (default), 'drop' the episode, 'stop'."
+    tool_memory_gb: float = option(4.0, "Memory that a call may add to its worker, and an environment to its process.")
+    tool_workers: int | None = option(
+        None, "Calls of plain functions at a time; None: 8, or the cores where there are more."
     )
-    bad_gold_rows: str = option("error", "Rows whose own answer no verifier can read: 'error', 'drop', or 'keep' unseen.")
+    tool_concurrency: int = option(64, "Calls of async functions at a time.")
+    tool_environments: int = option(256, "Environments that live at a time, each a process, in each training process.")
+    tool_result_chars: int = option(100_000, "Characters of a result that the model is told.")
+    tool_policy: dict | str | None = option(
+        None,
+        "What becomes of calls that end in error, timeout or crash: 'tell' the model (default), 'drop' the episode, 'stop'.",
+    )
 
     # Objective
     loss_type: str = option(
@@ -298,12 +310,18 @@ class GRPOConfig(TrainingArguments):
             max_fault_share=self.reward_max_fault_share,
         )
 
+    def tool_settings(self) -> ToolSettings:
+        """How tools and environments are run; raises ValueError for settings that cannot be."""
+        return ToolSettings(
+            **{item.name: getattr(self, f"tool_{item.name}") for item in fields(ToolSettings) if item.name != "modules"}
+        )
+
     def tool_policies(self) -> dict[str, str]:
         """What becomes of calls of tools, by outcome; raises ValueError for what cannot be."""
         policy = self.tool_policy or {}
         if not isinstance(policy, dict):
             raise ValueError(f"tool_policy={policy!r} must map outcomes to what becomes of them: {{timeout: drop}}")
-        for names, known in ((policy, FAULTS), (policy.values(), POLICIES)):
+        for names, known in ((policy, CALL_FAILURES), (policy.values(), POLICIES)):
             if wrong := [name for name in names if name not in known]:
                 raise ValueError(f"tool_policy={policy!r} has {wrong[0]!r}, which is not one of {', '.join(known)}")
         return policy

@@ -29,6 +29,8 @@ def check_config(config: GRPOConfig) -> None:
     _check_batches(config)
     _check_choice(config)
     config.reward_settings()
+    config.tool_settings()
+    config.tool_policies()
     config.chosen_guards()
 
 

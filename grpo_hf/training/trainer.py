@@ -27,6 +27,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from grpo_hf.algorithm.objective import Objective
+from grpo_hf.episodes.metrics import record_calls
 from grpo_hf.evaluation import evaluate_prompts
 from grpo_hf.metrics import Metrics
 from grpo_hf.packing.choose import choose_layout, disable_dropout
@@ -95,7 +96,9 @@ class GRPOTrainer(Trainer):
         self.toolbox = make_toolbox(tools, environment_factory, args)
         self.rollout_func = rollout_func
         if self.toolbox is not None and rollout_func is not None:
-            raise ValueError("a rollout_func makes whole completions, so it calls tools itself: give it, or tools and environments")
+            raise ValueError(
+                "a rollout_func makes whole completions, so it calls tools itself: give it, or tools and environments"
+            )
         self.rewards, self.reward_weights = checks.checked_rewards(
             reward_funcs, args, reward_processing_classes, owned=rewards_of(self.toolbox)
         )
@@ -227,7 +230,7 @@ class GRPOTrainer(Trainer):
             [self.prompts, *self.eval_prompts.values()],
             args.max_completion_length,
             causal_lm(self.model).config,
-            observations=self.toolbox is not None and bool(self.toolbox.environments),
+            observations=self.toolbox is not None and bool(self.toolbox.kinds),
         )
         engine = make_engine(
             self.model,
@@ -277,6 +280,8 @@ class GRPOTrainer(Trainer):
         updates = self.plan.updates(rollout.groups, rollout.version, self.peers)
         self.recorder.claim_folder(step)
         self.state.num_input_tokens_seen += self.recorder.rollout(rollout, step=step + 1, save=args.save_rollouts)
+        if self.toolbox is not None:
+            record_calls(self.metrics, rollout.sampled, self.toolbox.names)
         if args.use_vllm:
             self.metrics.mean("sampling/staleness", step - rollout.version)
         since_log = step % max(1, int(self.state.logging_steps or 1))
