@@ -55,7 +55,7 @@ Demonstrations = Callable[[int, random.Random], tuple[list[list[dict[str, Any]]]
 
 
 def make_model(
-    *, demonstrations: str, seed: int = 0, conversations: int = 2048, steps: int = 150
+    *, demonstrations: str, seed: int = 0, conversations: int = 4096, steps: int = 150
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model after a warm-up of so many steps on what `path/file.py:function` demonstrates."""
     torch.manual_seed(seed)
@@ -101,7 +101,7 @@ def make_tokenizer(conversations: list[list[dict[str, Any]]], tools: list[Callab
 
 
 def warm_up(
-    model: PreTrainedModel, ids: torch.Tensor, spoken: torch.Tensor, *, steps: int, generator: random.Random, batch: int = 32
+    model: PreTrainedModel, ids: torch.Tensor, spoken: torch.Tensor, *, steps: int, generator: random.Random, batch: int = 48
 ) -> None:
     """Supervised steps on what the assistant says in random conversations [conversations time]."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
