@@ -1,7 +1,7 @@
 """An episode: turns of the model and what tools say to them, as a generator that asks and is answered.
 
-It yields an `Ask` and is sent the completion, or a future and is sent its result; it returns the whole as one Completion. So it
-knows of no engine, no other episode and no waiting.
+It yields an `Ask` and is sent the completion, or a future and is sent its result; it returns the whole as one Completion.
+So it knows of no engine, no other episode and no waiting.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from grpo_hf.rollout.prompts import derived_seed
 from grpo_hf.types import Branch, Completion, Message, Prompt, ToolCall, Turn
 
 POLICIES = ("tell", "drop", "stop")
-"""tell: the model is told what went wrong, and goes on. drop: the episode ends, and is left out of its group and of the loss.
-stop: the run ends. An episode whose environment is lost is dropped in any case."""
+"""tell: the model is told what went wrong, and goes on. drop: the episode ends, and is left out of its group and of the
+loss. stop: the run ends. An episode whose environment is lost is dropped in any case."""
 
 
 class ToolFailedError(RuntimeError):
