@@ -1,4 +1,4 @@
-"""What recipes/guess_number.yaml plays: find a number of 1 to 32 in at most six guesses from "higher" and "lower".
+"""What recipes/guess_number.yaml plays: find a number of 1 to 32 in at most six guesses, told each time what is left.
 
 This file imports next to nothing: the process of each game loads it.
 """
@@ -19,6 +19,7 @@ class GuessNumber:
     def reset(self, number: int, **row: Any) -> None:
         """A new game."""
         self.number, self.guesses, self.found = number, 0, False
+        self.low, self.high = 1, HIGHEST
 
     def guess(self, number: int) -> str:
         """Guess the number.
@@ -27,13 +28,19 @@ class GuessNumber:
             number: From 1 to 32.
 
         Returns:
-            Whether it is higher, lower, or right.
+            What it can still be.
         """
         if self.found or self.guesses == GUESSES:
             return "over"
         self.guesses += 1
         self.found = number == self.number
-        return "right" if self.found else "higher" if number < self.number else "lower"
+        if self.found:
+            return "right"
+        if number < self.number:
+            self.low = max(self.low, number + 1)
+            return f"higher: {self.low} to {self.high}"
+        self.high = min(self.high, number - 1)
+        return f"lower: {self.low} to {self.high}"
 
     def get_reward(self) -> float:
         """1 when the number was found."""
@@ -47,20 +54,16 @@ def make_data(*, train: int = 4096, held_out: int = 256) -> tuple[list[dict], li
 
 
 def demonstrations(count: int, generator: random.Random) -> tuple[list[list[dict[str, Any]]], list[Any]]:
-    """Games of a player who remembers the last answer only: it wins one in three."""
+    """Games of players who guess at random: one in three among what is left, the others among all numbers."""
     conversations = []
     for _ in range(count):
-        game = GuessNumber()
+        game, listens = GuessNumber(), generator.random() < 1 / 3
         game.reset(generator.randint(1, HIGHEST))
-        messages, low, high = [*PROMPT], 1, HIGHEST
-        for _ in range(GUESSES):
-            guess = generator.randint(low, high)
-            answer = game.guess(guess)
+        messages = [*PROMPT]
+        while not game.found and game.guesses < GUESSES:
+            guess = generator.randint(game.low, game.high) if listens else generator.randint(1, HIGHEST)
             call = {"function": {"name": "guess", "arguments": {"number": guess}}}
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-            messages.append({"role": "tool", "name": "guess", "content": answer})
-            if answer == "right":
-                break
-            low, high = (guess + 1, HIGHEST) if answer == "higher" else (1, guess - 1)
+            messages.append({"role": "tool", "name": "guess", "content": game.guess(guess)})
         conversations.append([*messages, {"role": "assistant", "content": "Done."}])
     return conversations, [GuessNumber().guess]

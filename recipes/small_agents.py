@@ -86,7 +86,7 @@ def make_model(
 def make_tokenizer(conversations: list[list[dict[str, Any]]], tools: list[Callable[..., Any]]) -> PreTrainedTokenizerFast:
     """Byte-level BPE of what stands between digits, marks and roles: a call's JSON is one token up to its numbers."""
     empty = Tokenizer(models.BPE())
-    parts = pre_tokenizers.Split(Regex(r"\d|<[^<>\s]+>|(system|user|assistant|tool)\n"), behavior="isolated")
+    parts = pre_tokenizers.Split(Regex(r"\d{1,2}|<[^<>\s]+>|(system|user|assistant|tool)\n"), behavior="isolated")
     empty.pre_tokenizer = pre_tokenizers.Sequence([parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     empty.decoder = decoders.ByteLevel()
     base = PreTrainedTokenizerFast(
@@ -101,10 +101,11 @@ def make_tokenizer(conversations: list[list[dict[str, Any]]], tools: list[Callab
 
 
 def warm_up(
-    model: PreTrainedModel, ids: torch.Tensor, spoken: torch.Tensor, *, steps: int, generator: random.Random, batch: int = 48
+    model: PreTrainedModel, ids: torch.Tensor, spoken: torch.Tensor, *, steps: int, generator: random.Random, batch: int = 32
 ) -> None:
     """Supervised steps on what the assistant says in random conversations [conversations time]."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
         rows = generator.sample(range(len(ids)), batch)
         targets = ids[rows].masked_fill(~spoken[rows], -100)
@@ -112,3 +113,4 @@ def warm_up(
         optimizer.zero_grad()
         cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten()).backward()
         optimizer.step()
+        schedule.step()
