@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_hf.rollout import vllm_support
 from grpo_hf.rollout.engine import Sampling
-from grpo_hf.rollout.vllm_plugin import divide_logits, refresh_tied_head
+from grpo_hf.rollout.vllm_plugin import divide_logits, keep_experts_packed, refresh_tied_head
 from grpo_hf.rollout.weight_sync import EngineWeights, WeightSync, save_adapter
 from grpo_hf.types import Completion
 
@@ -71,6 +71,8 @@ class VLLMEngine:
         if lm.device.type == "cpu":
             with as_it_was():
                 vllm_support.check_cpu_attention(lm.config)
+            if self.weights.adapter_only:
+                vllm_support.check_cpu_adapter(lm)
             weight_bytes = lm.num_parameters() * dtype.itemsize
             cache = vllm_support.kv_cache_bytes(lm.config, dtype, max_model_len=length, weight_bytes=weight_bytes)
             # The default block of 128 tokens would keep groups from sharing any shorter prompt.
@@ -87,6 +89,7 @@ class VLLMEngine:
             **(vllm_support.lora_options(model) if self.weights.adapter_only else {}),
             **(memory | options),
         )
+        self.llm.apply_model(keep_experts_packed)
         if self.filtered:
             self._divide_logits(sampling.temperature)  # to find out here if this model has no place for it
         self._sleep()

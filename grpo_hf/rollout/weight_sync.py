@@ -11,7 +11,8 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 
 Stamp = tuple[int, int]
 """Finished updates, and how often torch has seen the trained tensors written to, which also tells two runs of one trainer
@@ -71,7 +74,10 @@ class WeightSync:
         if everything or not self.adapter_only:
             load(EngineWeights(self.model, self.dtype, everything=everything, merged=not self.adapter_only))
         if self.adapter_only:
-            load_adapter(adapter_weights(self.model))
+            try:
+                load_adapter(adapter_weights(self.model))
+            except ValueError as error:
+                raise ValueError(f"vLLM does not take this adapter, use vllm_lora_sync='merge': {error}") from error
         self.held = stamp
 
     def forget(self) -> None:
@@ -89,27 +95,36 @@ class EngineWeights:
     """(name, tensor) of the causal LM as a checkpoint has it, adapters merged: everything, or what training can change.
 
     A tensor is made when iteration comes to it. An engine fuses layers, q, k and v say, and loads a fused layer whole or
-    not at all. So with one trained tensor its neighbours under the same parent module travel too.
+    not at all. So with one trained tensor its neighbours under the same parent module travel too. Where transformers
+    itself holds weights in another form than checkpoints do, such as all experts in one tensor, each such parent's are
+    made together.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, everything: bool, merged: bool = True):
+        lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         pieces = list(_pieces(model))
         changed = {_fused_with(piece.name) for piece in pieces if piece.trained}
-        self.dtype, self._merged = dtype, merged
-        self._pieces = [piece for piece in pieces if everything or _fused_with(piece.name) in changed]
+        wanted = [piece for piece in pieces if everything or _fused_with(piece.name) in changed]
+        self.dtype, self._merged, self._as_saved = dtype, merged, dict
+        self._groups = [[piece] for piece in wanted]
+        if get_model_conversion_mapping(lm, add_legacy=False):
+            self._as_saved = partial(revert_weight_conversion, lm)
+            self._groups = [list(group) for _, group in groupby(wanted, lambda piece: _fused_with(piece.name))]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return ((piece.name, piece.value(self.dtype, merged=self._merged)) for piece in self._pieces)
+        for group in self._groups:
+            yield from self._as_saved({piece.name: piece.value(self.dtype, merged=self._merged) for piece in group}).items()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the whole tensors, by name."""
-        return {piece.name: tuple(getattr(piece.parameter, "ds_shape", piece.parameter.shape)) for piece in self._pieces}
+        empty = [{piece.name: torch.empty(piece.shape, device="meta") for piece in group} for group in self._groups]
+        return {name: tuple(tensor.shape) for group in empty for name, tensor in self._as_saved(group).items()}
 
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:
     """The active adapter's tensors under PEFT's names, copied: an engine may scale in place what it is handed."""
     with _whole(parameter for parameter in model.parameters() if parameter.requires_grad):
-        weights = get_peft_model_state_dict(model)
+        weights = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
         return {name: _full(value).clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
 
 
@@ -130,6 +145,11 @@ class _Piece:
     @property
     def trained(self) -> bool:
         return self.adapter is not None or self.parameter.requires_grad
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))
 
     @torch.no_grad()
     def value(self, dtype: torch.dtype, *, merged: bool) -> Tensor:
