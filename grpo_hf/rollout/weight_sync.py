@@ -105,7 +105,8 @@ class EngineWeights:
         pieces = list(_pieces(model))
         changed = {_fused_with(piece.name) for piece in pieces if piece.trained}
         wanted = [piece for piece in pieces if everything or _fused_with(piece.name) in changed]
-        self.dtype, self._merged, self._as_saved = dtype, merged, dict
+        self.dtype, self._merged = dtype, merged
+        self._as_saved: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
         self._groups = [[piece] for piece in wanted]
         if get_model_conversion_mapping(lm, add_legacy=False):
             self._as_saved = partial(revert_weight_conversion, lm)
@@ -124,7 +125,7 @@ class EngineWeights:
 def adapter_weights(model: Any) -> dict[str, Tensor]:
     """The active adapter's tensors under PEFT's names, copied: an engine may scale in place what it is handed."""
     with _whole(parameter for parameter in model.parameters() if parameter.requires_grad):
-        weights = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+        weights = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
         return {name: _full(value).clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
 
 
