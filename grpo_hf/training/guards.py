@@ -124,8 +124,9 @@ def engine_weights(seen: Seen, limit: float) -> Reading | None:
     value = seen.values["sampling/sampling_logp_difference"]
     return Reading(
         reading.tripped,
-        f"the engine's log-probs of its samples differ from the trainer's by {value:.2g} on average in step {seen.step}, above "
-        f"{limit:g}: it has other weights than the trainer, or computes another model, so what it samples teaches nothing. Set use_vllm=False, try "
+        f"the engine's log-probs of its samples differ from the trainer's by {value:.2g} on average in step {seen.step}, "
+        f"above {limit:g}: it has other weights than the trainer, or computes another model, so what it samples teaches "
+        "nothing. Set use_vllm=False, try "
         "another version of vLLM, or, should this be as you want it, guards={'engine_weights': 'warn'}",
     )
 
