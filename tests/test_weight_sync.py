@@ -159,6 +159,18 @@ def test_an_adapter_alone_travels_after_the_base_weights() -> None:
     assert adapters[0].keys() == adapter_weights(model).keys()
 
 
+def test_a_quantized_base_stays_where_it_is() -> None:
+    """Only the adapter travels, from the first sync on; merged it could not."""
+    model, adapters = lora(), []
+    model.get_base_model().is_quantized = True
+    weights = WeightSync(model, torch.float32, "adapter")
+    for version in (0, 1):
+        weights.run(version, pytest.fail, adapters.append)
+    assert len(adapters) == 2
+    with pytest.raises(ValueError, match=r"quantized model cannot be sent.* set vllm_lora_sync='adapter' and vllm_"):
+        WeightSync(model, torch.float32, "merge")
+
+
 REFUSED = {
     "dora": ({"use_dora": True}, "use_dora=True"),
     "bias": ({"bias": "all"}, "bias='all'"),

@@ -65,6 +65,11 @@ class VLLMEngine:
         vllm_support.check_context(lm.config, length)
         vllm_support.check_sampling(sampling)
         self.weights = WeightSync(model, dtype, lora_sync)
+        if self.weights.base_stays:
+            raise ValueError(
+                "vLLM in this process has its weights from the trainer, and a quantized model has none to give; set "
+                "vllm_mode='server' and start a server with that model, or set use_vllm=False"
+            )
         self.adapter: dict[str, Any] = {}
         self.filtered, self.sleep_mode = vllm_support.has_filters(sampling), sleep_mode and lm.device.type != "cpu"
         memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": self.sleep_mode}

@@ -1,8 +1,9 @@
 """The one place where weights go from the trainer to an engine: which tensors, under which names, and of which version.
 
 An engine holds a plain causal LM. Under LoRA it gets W + s B A for each adapted layer, made out of place, one tensor at a
-time: the trainer's own W never changes, so nothing drifts however often weights are sent. Or it gets W once and then the
-adapter alone. Weights that FSDP2 or ZeRO-3 have cut up are put together one tensor at a time, by all processes at once.
+time: the trainer's own W never changes, so nothing drifts however often weights are sent. Or it gets W once, or brings it
+itself where it is quantized, and then the adapter alone. Weights that FSDP2 or ZeRO-3 have cut up are put together one
+tensor at a time, by all processes at once.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ class WeightSync:
     """The weights that the engine holds; None before the first sync."""
 
     def __post_init__(self) -> None:
-        check_adapter(self.model)
         self.adapter_only = self.lora_sync == "adapter" and isinstance(self.model, PeftModel)
+        self.base_stays = is_quantized(self.model)
+        check_adapter(self.model, adapter_only=self.adapter_only)
 
     @property
     def sharded(self) -> bool:
@@ -71,13 +73,14 @@ class WeightSync:
         if self.held == stamp:
             return
         everything, self.held = self.held is None, None  # None while a sync may be half done
-        if everything or not self.adapter_only:
+        if (everything and not self.base_stays) or not self.adapter_only:
             load(EngineWeights(self.model, self.dtype, everything=everything, merged=not self.adapter_only))
         if self.adapter_only:
             try:
                 load_adapter(adapter_weights(self.model))
             except ValueError as error:
-                raise ValueError(f"vLLM does not take this adapter, use vllm_lora_sync='merge': {error}") from error
+                hint = "" if self.base_stays else ", use vllm_lora_sync='merge'"
+                raise ValueError(f"vLLM does not take this adapter{hint}: {error}") from error
         self.held = stamp
 
     def forget(self) -> None:
@@ -206,11 +209,19 @@ NOT_MERGED = {
 """Settings of LoraConfig that an engine cannot be given by merging, and why."""
 
 
-def check_adapter(model: nn.Module) -> None:
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the causal LM's weights are held in a form that no engine can be sent: it has to bring them itself."""
+    return bool(getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False))
+
+
+def check_adapter(model: nn.Module, *, adapter_only: bool = False) -> None:
     """Raise ValueError for an adapter, or a base model, whose weights could not be sent."""
-    quantized = getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False)
-    if quantized:
-        raise ValueError("weights of a quantized model cannot be sent to vLLM; load it unquantized, or set use_vllm=False")
+    if is_quantized(model) and not adapter_only:
+        raise ValueError(
+            "weights of a quantized model cannot be sent to vLLM. A LoRA adapter can, to a server that was started with the "
+            "same base model: set vllm_lora_sync='adapter' and vllm_mode='server'. Or load it unquantized, or set "
+            "use_vllm=False"
+        )
     if not isinstance(model, PeftModel):
         return
     config = model.peft_config[model.active_adapter]

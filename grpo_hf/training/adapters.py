@@ -165,8 +165,10 @@ def check_trained(model: PeftModel, ids: list[int], *, beta: float, reference: s
                 f"beta={beta}: the reference is the model with another adapter or none, but {len(outside)} trained tensors "
                 f"are the model's own ({', '.join(outside[:3])}); freeze them, or set beta=0"
             )
-        with torch.no_grad(), reference_weights(model, reference):
-            difference = ((lm(input_ids=tokens).logits.float() - logits).abs().max() / logits.abs().max()).item()
+        with torch.no_grad():
+            logits = lm(input_ids=tokens).logits.float()
+            with reference_weights(model, reference):
+                difference = ((lm(input_ids=tokens).logits.float() - logits).abs().max() / logits.abs().max()).item()
         if not difference < TOLERANCE:
             raise ValueError(
                 f"beta={beta}: no reference can be kept of {kind}: its logits would differ from the policy's by "

@@ -98,6 +98,13 @@ def _is_savable(config: GenerationConfig) -> bool:
     return True
 
 
+def keep_gradients(model: nn.Module) -> None:
+    """bitsandbytes packs 4-bit weights in place, at a CPU's first pass without a gradient, for a kernel that has none."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def check_router(config: PretrainedConfig, **options: Any) -> None:
     """Raise ValueError for a mixture of experts that asks for its router's auxiliary loss."""
     if options.get("output_router_logits", getattr(config, "output_router_logits", False)):

@@ -49,6 +49,7 @@ from grpo_hf.training.models import (
     causal_lm,
     check_router,
     is_sharded,
+    keep_gradients,
     load_config,
     load_model,
     load_tokenizer,
@@ -117,6 +118,7 @@ class GRPOTrainer(Trainer):
         set_seed(args.seed)  # adapter weights are random
         lm = load_model(model, **init) if isinstance(model, str) else model
         make_savable(causal_lm(lm))
+        keep_gradients(lm)
         lm, reference_adapter = adapters.with_adapter(lm, peft_config, needs_reference=args.beta > 0)
         if args.disable_dropout:
             disable_dropout(lm)
