@@ -102,7 +102,7 @@ def keep_gradients(model: nn.Module) -> None:
     """bitsandbytes packs 4-bit weights in place, at a CPU's first pass without a gradient, for a kernel that has none."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def check_router(config: PretrainedConfig, **options: Any) -> None:
