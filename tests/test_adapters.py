@@ -154,6 +154,7 @@ CONFIGS: dict[str, tuple[peft.PeftConfig, str]] = {
 }
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "a frozen adapter": (lambda: trained().requires_grad_(False), "no weight of the PeftModel is trained; load"),
+    "an adapter beside the path": (lambda: unreached(), "LoraConfig would not be trained: 4 of its 4 tensors, .*lora_A"),
     "weights of the base": (with_trained_norm, r"but 1 trained tensors are the model's own \(.*norm.weight\); freeze"),
     "no second adapter": (
         lambda: trained(REPEATED),
@@ -165,6 +166,14 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         "asks for the router's auxiliary loss, .*model.config.output_router_logits = False",
     ),
 }
+
+
+def unreached() -> PeftModel:
+    """As of a type whose weights are not in the causal LM's forward."""
+    model = get_peft_model(base(), LoraConfig(target_modules=["down_proj"]))
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.down_proj.forward = layer.mlp.down_proj.base_layer.forward
+    return model
 
 
 @pytest.mark.parametrize(("config", "message"), CONFIGS.values(), ids=CONFIGS)

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model, set_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_hf.rollout.weight_sync import adapter_weights
+from grpo_hf.rollout.weight_sync import adapter_weights, is_quantized
 from grpo_hf.training.models import causal_lm, load_adapter_config
 
 REFERENCE = "reference"
@@ -23,7 +23,7 @@ TOLERANCE = 1e-3
 """Largest accepted difference between the logits of policy and reference before training, relative to the largest logit."""
 
 TRIED_TOKENS = 8
-"""Of a prompt, in the pass that tells whether an adapter is trained."""
+"""Of a prompt, in the passes that tell whether an adapter is trained, and its reference is right."""
 
 NOT_TRAINED: dict[str, str] = {
     PeftType.ADALORA: "its ranks are allocated, and its orthogonality kept, by steps that are not taken here",
@@ -140,39 +140,51 @@ def _trained_marks(model: PeftModel) -> Callable[[], None]:
     return mark
 
 
-def check_trained(model: PeftModel, ids: list[int], *, beta: float, reference: str | None) -> None:
-    """Try a pass over these tokens. Raises ValueError for an adapter that gets no gradient, or, with ``beta``, a reference
-    that is not the policy as it is now."""
+def check_trained(model: PeftModel, ids: list[int]) -> None:
+    """Try a pass over a few of these tokens. Raises ValueError for an adapter that it gives no gradient."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ValueError("no weight of the PeftModel is trained; load its adapter with is_trainable=True")
-    lm, was_training, config = causal_lm(model), model.training, model.peft_config[model.active_adapter]
-    kind = type(config).__name__
-    tokens = torch.tensor([ids[:TRIED_TOKENS]], device=lm.device)
-    logits = lm.eval()(input_ids=tokens).logits.float()
-    gradients = (
-        torch.autograd.grad(logits.square().mean(), [*trained.values()], allow_unused=True) if logits.requires_grad else []
-    )
-    if all(gradient is None for gradient in gradients):
+    loss = _logits(model, ids).square().mean()
+    none = [None] * len(trained)
+    gradients = torch.autograd.grad(loss, [*trained.values()], allow_unused=True) if loss.requires_grad else none
+    missed = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+    # An expert that no token goes to has no gradient either; a kernel of quantized weights may have none at all.
+    if len(missed) == len(trained) or (missed and is_quantized(model)):
         raise ValueError(
-            f"{kind} would not be trained: none of its {len(trained)} tensors, {next(iter(trained))} the first, has a "
-            "gradient from the causal LM that is run. Use a plain LoraConfig"
+            f"{_kind(model)} would not be trained: {len(missed)} of its {len(trained)} tensors, {missed[0]} the first, have "
+            "no gradient from the causal LM that is run. Use a plain LoraConfig, or weights that are not quantized"
         )
-    if beta > 0:
-        outside = [name for name in trained if f".{model.active_adapter}" not in name]
-        if outside:
-            raise ValueError(
-                f"beta={beta}: the reference is the model with another adapter or none, but {len(outside)} trained tensors "
-                f"are the model's own ({', '.join(outside[:3])}); freeze them, or set beta=0"
-            )
-        with torch.no_grad():
-            logits = lm(input_ids=tokens).logits.float()
-            with reference_weights(model, reference):
-                difference = ((lm(input_ids=tokens).logits.float() - logits).abs().max() / logits.abs().max()).item()
-        if not difference < TOLERANCE:
-            raise ValueError(
-                f"beta={beta}: no reference can be kept of {kind}: its logits would differ from the policy's by "
-                f"{difference:.2g} of the largest before any step, where {TOLERANCE} is allowed; use a plain LoraConfig, "
-                "or set beta=0"
-            )
+
+
+@torch.no_grad()
+def check_reference_weights(model: PeftModel, ids: list[int], *, beta: float, adapter: str | None) -> None:
+    """Try a pass over a few of these tokens. Raises ValueError for a reference that is not the policy as it is now, or would
+    move with it."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    moving = [name for name in trained if f".{model.active_adapter}" not in name]
+    if moving:
+        raise ValueError(
+            f"beta={beta}: the reference is the model with another adapter or none, but {len(moving)} trained tensors are "
+            f"the model's own ({', '.join(moving[:3])}); freeze them, or set beta=0"
+        )
+    logits = _logits(model, ids)
+    with reference_weights(model, adapter):
+        difference = ((_logits(model, ids) - logits).abs().max() / logits.abs().max()).item()
+    if not difference < TOLERANCE:
+        raise ValueError(
+            f"beta={beta}: no reference can be kept of {_kind(model)}: its logits would differ from the policy's by "
+            f"{difference:.2g} of the largest before any step, where {TOLERANCE} is allowed; use a plain LoraConfig, or set "
+            "beta=0"
+        )
+
+
+def _logits(model: PeftModel, ids: list[int]) -> Tensor:
+    lm, was_training = causal_lm(model), model.training
+    logits = lm.eval()(input_ids=torch.tensor([ids[:TRIED_TOKENS]], device=lm.device)).logits.float()
     model.train(was_training)
+    return logits
+
+
+def _kind(model: PeftModel) -> str:
+    return type(model.peft_config[model.active_adapter]).__name__

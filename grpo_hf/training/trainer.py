@@ -184,7 +184,9 @@ class GRPOTrainer(Trainer):
     def _make_policy(self, reference_adapter: str | None) -> Policy:
         args, longest = self.args, max(map(len, self.prompts.ids))
         if isinstance(self.model, PeftModel):
-            adapters.check_trained(self.model, self.prompts.ids[0], beta=args.beta, reference=reference_adapter)
+            if args.beta > 0:
+                adapters.check_reference_weights(self.model, self.prompts.ids[0], beta=args.beta, adapter=reference_adapter)
+            adapters.check_trained(self.model, self.prompts.ids[0])  # after a pass without a gradient, as in training
         layout = choose_layout(
             causal_lm(self.model),
             [self.prompts.ids[0], self.prompts.ids[-1]],
