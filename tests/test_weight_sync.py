@@ -175,6 +175,7 @@ REFUSED = {
     "dora": ({"use_dora": True}, "use_dora=True"),
     "bias": ({"bias": "all"}, "bias='all'"),
     "modules_to_save": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "target_modules"),
+    "another product": ({"init_lora_weights": "mica"}, "not what MiCALinearVariant computes; use a plain LoraConfig"),
     "tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [1]}, "trainable_token_indices"),
 }
 
@@ -183,6 +184,14 @@ REFUSED = {
 def test_adapters_that_cannot_be_merged_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_adapter(lora(**options))
+
+
+def test_trained_weights_beside_an_adapter_travel_merged_or_not_at_all() -> None:
+    model = lora(target_modules=["q_proj"])
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    assert "model.norm.weight" in sent(model, everything=False)
+    with pytest.raises(ValueError, match=r"but 1 weights of the model itself are trained too \(model.norm.weight\); freeze"):
+        check_adapter(model, adapter_only=True)
 
 
 def test_other_adapters_and_tied_heads_are_refused() -> None:

@@ -233,8 +233,19 @@ def check_adapter(model: nn.Module, *, adapter_only: bool = False) -> None:
             raise ValueError(
                 f"vLLM cannot sample with LoraConfig({name}={getattr(config, name)!r}): {why}, or use_vllm=False"
             )
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if variants := {type(variant).__name__ for layer in layers for variant in layer.lora_variant.values()}:
+        raise ValueError(
+            f"vLLM gets W + s B A of a LoRA, or B and A, which is not what {', '.join(sorted(variants))} computes; use a "
+            "plain LoraConfig, or set use_vllm=False"
+        )
     if config.bias != "none":
         raise ValueError(f"vLLM cannot sample with LoraConfig(bias={config.bias!r}): set bias='none', or use_vllm=False")
+    if adapter_only and (moving := [piece.name for piece in _pieces(model) if piece.parameter.requires_grad]):
+        raise ValueError(
+            f"vllm_lora_sync='adapter' sends the adapter alone, but {len(moving)} weights of the model itself are trained "
+            f"too ({', '.join(moving[:3])}); freeze them, or set vllm_lora_sync='merge'"
+        )
     _check_tied(model.get_base_model())
 
 
