@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,18 @@ def test_a_run_with_a_reference_goes_on_where_it_was_stopped(tmp_path: Path) -> 
     resumed.train(resume_from_checkpoint=True)
     assert same(weights(resumed.model), weights(whole.model))
     assert values(resumed, "kl")[-1] == values(whole, "kl")[-1] > 0
+    with pytest.raises(ValueError, match=r"is of another run: reference adapter '\w+' -> '\w+'\. Set these as they were"):
+        tiny_trainer(tmp_path / "cut", model=resumed.model, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_copy_is_saved_as_itself(tmp_path: Path) -> None:
+    run = tiny_trainer(tmp_path, model=trained(), beta=0.1)
+    model = copy.deepcopy(run.model)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).zero_()
+    model.save_pretrained(tmp_path / "copy")
+    assert same(load_file(tmp_path / "copy" / "adapter_model.safetensors"), adapter_weights(model))
+    assert [path.name for path in (tmp_path / "copy").iterdir() if path.is_dir()] == []
 
 
 def test_another_run_of_the_same_model_begins_anew(tmp_path: Path) -> None:

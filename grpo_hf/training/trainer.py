@@ -150,6 +150,7 @@ class GRPOTrainer(Trainer):
                 reward.function.to(self.args.device)  # type: ignore[attr-defined]
         self.peers = Peers(self.args.process_index, self.args.world_size, lambda item: gather_object([item]))
         self.objective: Objective = args.objective()
+        self._reference = adapters.digest_of(self.model, reference_adapter)
         self.policy = self._make_policy(reference_adapter)
         self.plan = self._make_plan()
         self.stream = self._make_stream(tokenizer)
@@ -357,7 +358,8 @@ class GRPOTrainer(Trainer):
         return output
 
     def _describe(self) -> dict[str, Any]:
-        return checkpoints.describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
+        run = checkpoints.describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
+        return run | {"reference adapter": self._reference}
 
     def _checkpoint_folder(self, trial: Any) -> Path:
         return Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
