@@ -153,10 +153,13 @@ def _trained_marks(model: PeftModel) -> Callable[[], None]:
 
 
 def check_trained(model: PeftModel, ids: list[int]) -> None:
-    """Try a pass over a few of these tokens. Raises ValueError for an adapter that it gives no gradient."""
+    """Try a pass over a few of these tokens, after one without a gradient, as sampling is. Raises ValueError for an adapter
+    that gets no gradient."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ValueError("no weight of the PeftModel is trained; load its adapter with is_trainable=True")
+    with torch.no_grad():
+        _logits(model, ids)
     loss = _logits(model, ids).square().mean()
     none = [None] * len(trained)
     gradients = torch.autograd.grad(loss, [*trained.values()], allow_unused=True) if loss.requires_grad else none

@@ -187,7 +187,7 @@ class GRPOTrainer(Trainer):
         if isinstance(self.model, PeftModel):
             if args.beta > 0:
                 adapters.check_reference_weights(self.model, self.prompts.ids[0], beta=args.beta, adapter=reference_adapter)
-            adapters.check_trained(self.model, self.prompts.ids[0])  # after a pass without a gradient, as in training
+            adapters.check_trained(self.model, self.prompts.ids[0])
         layout = choose_layout(
             causal_lm(self.model),
             [self.prompts.ids[0], self.prompts.ids[-1]],
