@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from grpo_hf.cli.serve import check_port
 from grpo_hf.rollout.engine import EngineLostError
@@ -22,9 +23,11 @@ from grpo_hf.rollout.vllm_transfer import start_update
 from tests.runs import AfterStep, logs, lora, values
 from tests.server import Server, engine_of
 from tests.test_vllm_training import check_two_processes, vllm_trainer
+from tests.tiny import tiny_model, tiny_trainer
 from tests.tiny_vllm import (
     PROMPTS,
     SAMPLING,
+    STOPS,
     difference,
     ids,
     sample,
@@ -134,6 +137,36 @@ def test_lora_by_its_adapter_alone(server: Server, tmp_path: Path) -> None:
     )
     trainer.train()
     assert max(values(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+
+
+def test_qlora(tmp_path: Path) -> None:
+    """The 4-bit base never travels, and its bytes stay; a server of that base agrees, until another run has been there."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    base = tiny_model("qwen3", **sizes)
+    base.generation_config.eos_token_id = list(STOPS)
+    base.save_pretrained(tmp_path / "base")
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+    def four_bit() -> Any:
+        options = {"quantization_config": quantized, "dtype": torch.float32}
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+
+    server = Server(tmp_path, "--enable-lora", "--max-lora-rank", "8", model=four_bit().dequantize())
+    server.start()
+    server.wait()
+    options = server.settings(vllm_lora_sync="adapter", learning_rate=0.01, max_steps=4)
+    trainer = tiny_trainer(tmp_path / "run", model=four_bit(), peft_config=lora(), beta=0.1, **options)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert any(p.dtype == torch.uint8 for p in before.values())
+    trainer.train()
+    assert max(values(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+    assert min(values(trainer, "grad_norm")) > 0 and values(trainer, "kl")[0] == 0 < values(trainer, "kl")[-1]
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if name in before)
+    tiny_trainer(tmp_path / "full", model=tiny_model("qwen3", **sizes), **server.settings()).train()
+    with pytest.raises(EngineLostError, match=r"it has the base weights of another run .*; restart it"):
+        tiny_trainer(tmp_path / "again", model=four_bit(), peft_config=lora(), **options).train()
+    server.stop()
 
 
 def test_a_killed_server_costs_no_prompt(server: Server, tmp_path: Path) -> None:

@@ -19,8 +19,11 @@ from peft import LoraConfig
 
 from grpo_hf.algorithm.objective import Objective
 from grpo_hf.cli.train import main
+from grpo_hf.rollout import vllm_engine
 from grpo_hf.rollout.vllm_engine import VLLMEngine
+from grpo_hf.training.guards import GuardError
 from grpo_hf.training.trainer import GRPOTrainer
+from tests.runs import same, weights
 from tests.tiny import Gradients, relative_error, tiny_trainer
 from tests.tiny_vllm import STOPS, vllm_model
 
@@ -67,6 +70,16 @@ def test_first_ratio_is_one_and_the_engine_agrees(tmp_path: Path, monkeypatch: p
         assert line["sampling/importance_sampling_ratio/max"] < 1.01
         assert abs(line["sampling/kl"]) < 1e-6
         assert line["sampling/frac_weights_bounded"] == 0
+
+
+def test_an_engine_with_other_weights_stops_the_run_before_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's CPU build has them when a tied head is not packed anew."""
+    monkeypatch.setattr(vllm_engine, "refresh_tied_head", lambda model: None)
+    trainer = vllm_trainer(tmp_path)
+    before = weights(trainer.model)
+    with pytest.raises(GuardError, match=r"by \d.* on average in step 1, above 0.2: it has other weights .*use_vllm=False"):
+        trainer.train()
+    assert same(weights(trainer.model), before)
 
 
 def test_a_correction_that_masks_everything_leaves_no_gradient(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ vLLM finds `register` through its plugin entry point in each of its processes, w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 FILE_BACKEND = "grpo_hf_file"
@@ -46,6 +48,7 @@ def _file_engine() -> type:
 
         def start_weight_update(self) -> None:
             """Prepare for weights in a checkpoint's form."""
+            keep_experts_packed(self.model)
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: FileUpdateInfo) -> None:
@@ -85,6 +88,20 @@ def refresh_tied_head(model: Any) -> None:
     head = getattr(head, "base_layer", head)
     if hasattr(head, "quant_method") and head.weight.device.type == "cpu":
         head.quant_method.process_weights_after_loading(head)
+
+
+def keep_experts_packed(model: Any) -> None:
+    """On the CPU experts multiply with packed weights, and vLLM packs those of the first load alone: pack each reload's."""
+    for layer in model.modules():
+        method: Any = getattr(layer, "quant_method", None)
+        packs = getattr(method, "moe_kernel", None) is not None and next(layer.parameters()).device.type == "cpu"
+        if packs and "process_weights_after_loading" not in vars(method):
+            method.process_weights_after_loading = partial(_process_and_pack, method.process_weights_after_loading)
+
+
+def _process_and_pack(process: Callable[[Any], None], layer: Any) -> None:
+    process(layer)
+    layer.quant_method.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def divide_logits(model: Any, divisor: float) -> None:

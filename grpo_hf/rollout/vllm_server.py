@@ -30,6 +30,8 @@ AT_A_TIME = 512
 """Groups of one process that are with the server at a time."""
 LOOK_EVERY = 10.0
 """Seconds without a finished group after which the server is asked whether it is still there."""
+OWN_BASE = "base/"
+"""Begins the names of weights whose base is the one that the server was started with."""
 TRIES = 3
 """Weight syncs that a server which stays up may fail."""
 
@@ -105,6 +107,10 @@ class VLLMServerEngine:
         before, self.adapter = self.adapter, f"{self.run}-{self.syncs}"
         if self.peers.rank > 0:
             return
+        if self.weights.base_stays and not (found := self.client.weight_version()).startswith(("default", OWN_BASE)):
+            raise ValueError(
+                f"it has the base weights of another run ({found}), not those that it was started with; restart it"
+            )
         size = sum(tensor.nbytes for tensor in weights.values())
         with tempfile.TemporaryDirectory(prefix="grpo_hf_", dir=self.folder or roomy_folder(size)) as folder:
             save_adapter(self.weights.model, weights, Path(folder))
@@ -118,7 +124,7 @@ class VLLMServerEngine:
         self.client.post("/update_weight_version", {"new_version": self._name()})
 
     def _name(self) -> str:
-        return f"{self.run}/{self.syncs}"
+        return f"{OWN_BASE if self.weights.base_stays else ''}{self.run}/{self.syncs}"
 
     # ---- Samples
 

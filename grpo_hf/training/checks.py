@@ -40,10 +40,10 @@ def refuse_arguments(unsupported: dict[str, Any]) -> None:
 
 
 def check_reference(args: GRPOConfig, *, lora: bool) -> None:
-    """A reference that moves is a model of its own; under LoRA it is the policy with its adapter switched off."""
+    """A reference that moves is a model of its own; under LoRA it is the policy with another adapter or none."""
     if args.sync_ref_model and lora:
         raise ValueError(
-            "sync_ref_model=True cannot move the reference under LoRA, where it is the frozen base model; set "
+            "sync_ref_model=True cannot move the reference under LoRA, where it is a frozen adapter or the base model; set "
             "sync_ref_model=False, or train all weights (no peft_config)"
         )
 

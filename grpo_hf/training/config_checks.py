@@ -89,6 +89,11 @@ def _check_numbers(config: GRPOConfig) -> None:
             "torch_compile=True compiles the model's own forward, which is not what is run here; leave it out. On a GPU the "
             "attention over the token tree is compiled by itself"
         )
+    if config.neftune_noise_alpha:
+        raise ValueError(
+            f"neftune_noise_alpha={config.neftune_noise_alpha} adds noise to the policy that is trained and none to the one "
+            "that samples, so they would differ; leave it out"
+        )
     if config.sync_ref_model and not config.beta:
         raise ValueError("sync_ref_model=True needs a reference model, so beta > 0; beta is 0")
 

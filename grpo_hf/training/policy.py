@@ -18,6 +18,7 @@ from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.packing.logprobs import batch_logprobs
 from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.planning import Update
+from grpo_hf.training.adapters import reference_weights
 from grpo_hf.training.guards import GuardError, is_out_of_memory
 from grpo_hf.training.models import causal_lm
 from grpo_hf.types import PackedBatch, TrainingSample
@@ -63,15 +64,17 @@ class Policy:
         tokens_per_microbatch: int,
         temperature: float,
         reference: nn.Module | None = None,
+        reference_adapter: str | None = None,
         needs_reference: bool = False,
         sharded: bool = False,
         peers: Peers = ALONE,
     ):
-        """``reference`` None is the model with its adapter switched off; ``sharded``: every process runs as many forward
-        passes as the others."""
+        """``reference`` None is the model with its ``reference_adapter``, or with its adapter switched off; ``sharded``:
+        every process runs as many forward passes as the others."""
         self.inner = self.wrapped = model
         self.accelerator, self.objective, self.layout, self.temperature = accelerator, objective, layout, temperature
-        self.reference, self.needs_reference, self.sharded, self.peers = reference, needs_reference, sharded, peers
+        self.reference, self.reference_adapter, self.needs_reference = reference, reference_adapter, needs_reference
+        self.sharded, self.peers = sharded, peers
         self.tokens_per_microbatch = tokens_per_microbatch
         self.was_halved = False
         """Whether memory has run out before; once more ends the run."""
@@ -97,7 +100,7 @@ class Policy:
         if self.reference is not None:
             return self._forward(self.reference, self.reference, batch)[0]
         assert isinstance(self.inner, PeftModel)
-        with self.inner.disable_adapter():
+        with reference_weights(self.inner, self.reference_adapter):
             return self._forward(self.wrapped, self.inner, batch)[0]
 
     def annotated(self, updates: list[Update], *, step: int) -> list[Update]:

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object, set_seed
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
@@ -40,12 +40,21 @@ from grpo_hf.rollout.planning import Plan, Update
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, prepare_tokenizer
 from grpo_hf.rollout.stream import GroupSampler, Rollout, RolloutStream
 from grpo_hf.rollout.vllm_support import installed_vllm
+from grpo_hf.training import adapters, checkpoints, checks
 from grpo_hf.training import callbacks as own_callbacks
-from grpo_hf.training import checkpoints, checks
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import make_engine, make_sampling
 from grpo_hf.training.guards import GuardError, Guards, Seen
-from grpo_hf.training.models import causal_lm, is_sharded, load_config, load_model, load_tokenizer
+from grpo_hf.training.models import (
+    causal_lm,
+    check_router,
+    is_sharded,
+    keep_gradients,
+    load_config,
+    load_model,
+    load_tokenizer,
+    make_savable,
+)
 from grpo_hf.training.policy import Policy, with_logprobs
 from grpo_hf.training.recorder import Recorder, put_back
 from grpo_hf.training.throughput import Throughput
@@ -84,30 +93,35 @@ class GRPOTrainer(Trainer):
     ):
         checks.refuse_arguments(unsupported)
         args = args or GRPOConfig()
-        checks.check_reference(args, lora=peft_config is not None or isinstance(model, PeftModel))
+        init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+        own_adapter = adapters.config_of(model, **init)
+        adapters.check_one_adapter(model, own_adapter, peft_config)
+        if (adapter := own_adapter or peft_config) is not None:
+            adapters.check_adapter_config(adapter, beta=args.beta)
+        checks.check_reference(args, lora=adapter is not None)
         if args.use_vllm and args.vllm_mode == "colocate":
             installed_vllm()
         self.metrics = Metrics()
         self.rewards, self.reward_weights = checks.checked_rewards(reward_funcs, args, reward_processing_classes)
         self.scorer = Scorer(self.rewards, self.reward_weights, args.reward_settings())
-        init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         if quantization_config is not None:
             init["quantization_config"] = quantization_config
         shared = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
         tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, **shared))
-        self._check = partial(
-            checks.checked_prompts, args=args, scorer=self.scorer, tokenizer=tokenizer, config=load_config(model, **shared)
-        )
+        config = load_config(model, **shared)
+        check_router(config, **init)
+        self._check = partial(checks.checked_prompts, args=args, scorer=self.scorer, tokenizer=tokenizer, config=config)
         self.prompts = train = self._check(train_dataset, "train_dataset")
         checks.check_enough_prompts(train, args)
         self.eval_prompts = evals = self._checked_eval(eval_dataset)
 
         set_seed(args.seed)  # adapter weights are random
         lm = load_model(model, **init) if isinstance(model, str) else model
+        make_savable(causal_lm(lm))
+        keep_gradients(lm)
+        lm, reference_adapter = adapters.with_adapter(lm, peft_config, needs_reference=args.beta > 0)
         if args.disable_dropout:
             disable_dropout(lm)
-        if peft_config is not None:
-            lm = get_peft_model(lm, peft_config)  # type: ignore[arg-type]
         args.ignore_data_skip = True  # skipping would sample; rollouts find their own place
         self.guards = Guards(args.chosen_guards(), self.metrics)
         super().__init__(
@@ -136,7 +150,8 @@ class GRPOTrainer(Trainer):
                 reward.function.to(self.args.device)  # type: ignore[attr-defined]
         self.peers = Peers(self.args.process_index, self.args.world_size, lambda item: gather_object([item]))
         self.objective: Objective = args.objective()
-        self.policy = self._make_policy()
+        self._reference = adapters.digest_of(self.model, reference_adapter)
+        self.policy = self._make_policy(reference_adapter)
         self.plan = self._make_plan()
         self.stream = self._make_stream(tokenizer)
         self.rollout: Rollout | None = None
@@ -167,16 +182,25 @@ class GRPOTrainer(Trainer):
         named = evals if isinstance(evals, dict) else {} if evals is None else {"": evals}
         return {name: self._check(table, f"eval_dataset {name}".strip()) for name, table in named.items()}
 
-    def _make_policy(self) -> Policy:
+    def _make_policy(self, reference_adapter: str | None) -> Policy:
         args, longest = self.args, max(map(len, self.prompts.ids))
-        layout = choose_layout(causal_lm(self.model), [self.prompts.ids[0], self.prompts.ids[-1]], args.token_layout)
+        if isinstance(self.model, PeftModel):
+            if args.beta > 0:
+                adapters.check_reference_weights(self.model, self.prompts.ids[0], beta=args.beta, adapter=reference_adapter)
+            adapters.check_trained(self.model, self.prompts.ids[0])
+        layout = choose_layout(
+            causal_lm(self.model),
+            [self.prompts.ids[0], self.prompts.ids[-1]],
+            args.token_layout,
+            training=args.disable_dropout,
+        )
         budget = args.tokens_per_microbatch or default_budget(
             args.device,
             longest_prompt=longest,
             longest_group=longest + args.num_generations * args.max_completion_length,
             shared=common_length(min(self.prompts.ids), max(self.prompts.ids)),
         )
-        # Under LoRA the reference is the model with its adapter switched off.
+        # With an adapter the reference is the same model, with another one or none.
         own_reference = args.beta > 0 and not isinstance(self.model, PeftModel)
         return Policy(
             self.model,
@@ -186,6 +210,7 @@ class GRPOTrainer(Trainer):
             tokens_per_microbatch=budget,
             temperature=args.temperature,
             reference=copy.deepcopy(self.model).eval().requires_grad_(False) if own_reference else None,
+            reference_adapter=reference_adapter,
             needs_reference=args.beta > 0,
             sharded=is_sharded(self.accelerator),
             peers=self.peers,
@@ -230,7 +255,7 @@ class GRPOTrainer(Trainer):
 
     @property
     def ref_model(self) -> nn.Module | None:
-        """The reference model; None without one, and under LoRA, where it is the model with its adapter switched off."""
+        """The reference model; None without one, and with an adapter, where it is the model with another one or none."""
         return self.policy.reference
 
     # ---- Rollouts
@@ -333,7 +358,8 @@ class GRPOTrainer(Trainer):
         return output
 
     def _describe(self) -> dict[str, Any]:
-        return checkpoints.describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
+        run = checkpoints.describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
+        return run | {"reference adapter": self._reference}
 
     def _checkpoint_folder(self, trial: Any) -> Path:
         return Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")

@@ -2,7 +2,7 @@
 
 TRL_ONLY: dict[str, str] = {
     "trust_remote_code": "put it into model_init_kwargs={'trust_remote_code': True}",
-    "router_aux_loss_coef": "set router_aux_loss_coef in the model's own config; it is not added to this loss",
+    "router_aux_loss_coef": "the router's auxiliary loss is no part of this objective; leave it out",
     "cast_lm_head_to_fp32": "log-probs are always taken in float32; load the model in float32 for a float32 head",
     "pad_to_multiple_of": "the packed layout has no padding; leave it out",
     "generation_kwargs": "use temperature, top_p, top_k, min_p and repetition_penalty",
