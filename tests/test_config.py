@@ -150,6 +150,7 @@ def test_optimizer_steps_of_a_run(tmp_path: Path, prompts: int, settings: dict, 
         ({"scale_rewards": "none"}, "centered"),
         ({"scale_rewards": False}, "centered"),
         ({"advantage": "leave_one_out"}, "leave_one_out"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "gdpo"),
         ({"advantage": "raw", "scale_rewards": "batch"}, "raw"),
     ],
 )
@@ -161,7 +162,7 @@ def test_which_advantage_a_run_uses(settings: dict, form: str) -> None:
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss_type_makes_an_objective(loss_type: str, level: str) -> None:
     """On the first update, π_θ = π_old, one more likely token of a better completion lowers the loss."""
-    bound = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
+    bound = {"cispo": {"epsilon_high": 5.0}, "clip_cov": {"clip_cov_lb": 4.9}}.get(loss_type, {})
     objective = config(loss_type=loss_type, importance_sampling_level=level, **bound).objective()
     batch = trial_batch()
     gradient, _ = gradient_of(objective, replace(batch, old_logprobs=batch.logprobs.detach()))
@@ -172,6 +173,7 @@ OPTIONS = {
     "dapo": {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5},
     "cispo": {"epsilon_high": 3.0},
     "sapo": {"sapo_temperature_pos": 2.0, "sapo_temperature_neg": 3.0},
+    "kl_cov": {"kl_cov_coef": 2.0},
     "reinforce": {},
 }
 
@@ -201,12 +203,32 @@ def test_another_aggregation_than_the_losss_own(name: str) -> None:
     assert config(loss_type="grpo", loss_aggregation=name).objective().terms[0].aggregation is AGGREGATIONS[name]
 
 
+def test_selections_get_the_settings_that_they_name() -> None:
+    selections = (
+        config(loss_type="clip_cov", clip_cov_ratio=0.1, clip_cov_ub=3.0, top_entropy_quantile=0.2).objective().selections
+    )
+    assert selections["clip_cov"].keywords == {"clip_cov_ratio": 0.1, "clip_cov_lb": 1.0, "clip_cov_ub": 3.0}
+    assert selections["top_entropy"].keywords == {"top_entropy_quantile": 0.2}
+    assert config(advantage="pass_at_k", advantage_k=3).credit().keywords == {"advantage_k": 3}
+    assert config().objective().selections == {}
+
+
+def test_vespo_takes_the_engines_weights_into_its_own() -> None:
+    settings = {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_mask"}
+    (policy,) = config(use_vllm=True, **settings).objective().terms
+    assert policy.factors == (measured,) and policy.value.keywords["vllm_importance_sampling_correction"] is True
+    (policy,) = config(**settings).objective().terms
+    assert policy.value.keywords["vllm_importance_sampling_correction"] is False, "there is no engine"
+
+
 def test_the_engine_is_corrected_for_or_measured() -> None:
     def factors(**settings: Any) -> tuple:
         return config(**settings).objective().terms[0].factors
 
     assert factors() == factors(use_vllm=True, vllm_importance_sampling_correction=False) == (measured,)
     bounds = {"vllm_importance_sampling_clip_min": 0.5, "vllm_importance_sampling_clip_max": None}
+    (_, mask) = factors(off_policy_mask_threshold=0.5)
+    assert mask.keywords == {"threshold": 0.5}
     (factor,) = factors(use_vllm=True, vllm_importance_sampling_mode="token_mask", **bounds)
     assert factor.func is corrected
     assert factor.keywords == {"mode": "token_mask", "low": 0.5, "high": None}
@@ -222,7 +244,7 @@ ERRORS = {
     ),
     "nothing near": ({"xyzzy": 1}, r"unknown setting 'xyzzy'$"),
     "TRL only": ({"max_prompt_length": 512}, "no setting 'max_prompt_length': use overlong_prompts='drop'"),
-    "TRL only, another way": ({"top_entropy_quantile": 0.2}, "every token counts; use entropy_coef for exploration"),
+    "TRL only, another way": ({"vllm_importance_sampling_cap": 2.0}, "use vllm_importance_sampling_clip_max"),
     "loss_type": (
         {"loss_type": "dr-grpo"},
         r"loss_type='dr-grpo' is not one of dapo, grpo, dr_grpo, .* \(nearest: dr_grpo\), nor path/file.py:function",
@@ -271,6 +293,21 @@ ERRORS = {
     "never skipped": ({"revisit_after": 0}, "revisit_after=0, but revisit_after >= 1 is needed"),
     "curriculum": ({"curriculum": "skip_solve"}, "curriculum='skip_solve' is not one of .*nearest: skip_solved"),
     "curriculum without a name": ({"curriculum": lambda history: True}, "give a function at the top of a file"),
+    "advantage_k": ({"advantage_k": 1}, "advantage_k=1, but advantage_k >= 2 is needed"),
+    "top_entropy_quantile": ({"top_entropy_quantile": 1.5}, "1.5, but 0 <= top_entropy_quantile <= 1 is needed"),
+    "entropy bounds": (
+        {"use_adaptive_entropy": True, "entropy_coef": 2.0},
+        "entropy_coef_min=0.0, entropy_coef=2.0, entropy_coef_max=1.0, but with use_adaptive_entropy=True",
+    ),
+    "two ways to sum rewards": (
+        {"multi_objective_aggregation": "normalize_then_sum", "advantage": "raw"},
+        "is advantage='gdpo', and advantage is 'raw'; set one of them",
+    ),
+    "multi_objective_aggregation": ({"multi_objective_aggregation": "sum"}, "is not one of sum_then_normalize, normalize"),
+    "vespo by sequence": (
+        {"loss_type": "vespo", "use_vllm": True},
+        "vllm_importance_sampling_mode='sequence_mask', but loss_type='vespo' .* 'token_truncate' or 'token_mask'",
+    ),
     # what cannot go together
     "dynamic sampling without groups": (
         {"dynamic_sampling": True, "num_generations": 1, "advantage": "raw"},
@@ -340,6 +377,8 @@ def test_a_name_of_trl_that_is_not_here_says_what_to_use(name: str) -> None:
         {"loss_type": "cispo", "epsilon_high": 5.0},
         {"eval_temperature": 0.0},
         {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
+        {"loss_type": "vespo", "use_vllm": True, "vllm_importance_sampling_mode": "token_mask"},
+        {"advantage": "opo"},
     ],
     ids=str,
 )

@@ -140,9 +140,11 @@ def test_which_objectives_have_a_gradient_without_advantage(objective: Objective
 def test_a_loss_needs_whole_completions_where_its_ratio_is_of_the_sequence(loss_type: str) -> None:
     loss, aggregation = LOSSES[loss_type]
     loss = partial(loss, epsilon_high=5.0) if loss is cispo else loss
-    assert not grpo_objective(loss, aggregation).needs_whole_completions
-    # REINFORCE takes no ratio.
-    assert grpo_objective(loss, aggregation, level="sequence").needs_whole_completions is (loss is not reinforce)
+    # VESPO's and GMPO's ratio is of the sequence whatever the level is; REINFORCE takes none, DPPO looks at tokens alone.
+    always = loss_type in ("vespo", "gmpo")
+    assert grpo_objective(loss, aggregation).needs_whole_completions is always
+    of_sequence = grpo_objective(loss, aggregation, level="sequence").needs_whole_completions
+    assert of_sequence is (always or loss is not reinforce)
 
 
 @pytest.mark.parametrize("bounds", [(None, 3.0), (0.5, 2.0), (None, None), (0.999, 1.001), (None, 1.0)])
@@ -150,7 +152,7 @@ def test_a_loss_needs_whole_completions_where_its_ratio_is_of_the_sequence(loss_
 def test_a_correction_needs_whole_completions_where_it_is_of_the_sequence(mode: str, bounds: tuple) -> None:
     factor = partial(corrected, mode=mode, low=bounds[0], high=bounds[1])
     objective = grpo_objective(*LOSSES["dapo"], factors=(factor,))
-    assert objective.needs_whole_completions is mode.startswith("sequence")
+    assert objective.needs_whole_completions is not mode.startswith("token")
 
 
 def test_which_others_need_whole_completions() -> None:

@@ -12,7 +12,7 @@ from grpo_hf.algorithm.aggregation import AGGREGATIONS
 from grpo_hf.algorithm.correction import CORRECTION_MODES
 from grpo_hf.algorithm.kl import KL_ESTIMATORS
 from grpo_hf.algorithm.losses import LEVELS
-from grpo_hf.algorithm.trial import CREDIT_FORM, check_arguments, check_loss, trial_batch
+from grpo_hf.algorithm.trial import check_loss, trial_batch
 from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.rollout.weight_sync import LORA_SYNCS
 
@@ -38,6 +38,7 @@ def _check_names(config: GRPOConfig) -> None:
         "importance_sampling_level": LEVELS,
         "scale_rewards": ("group", "batch", "none"),
         "kl_estimator": KL_ESTIMATORS,
+        "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
         "token_layout": ("auto", *LAYOUTS),
         "overlong_prompts": ("error", "drop"),
         "bad_gold_rows": ("error", "drop", "keep"),
@@ -60,10 +61,15 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
         "num_generations num_generations_eval num_iterations max_completion_length tokens_per_microbatch "
         "dynamic_sampling_max_rounds skip_solved_after revisit_after ref_model_sync_steps",
     ),
-    "{} >= 0": (lambda value: value >= 0, "eval_temperature top_k profile epsilon epsilon_high beta"),
+    "{} >= 2": (lambda value: value >= 2, "advantage_k"),
+    "{} >= 0": (
+        lambda value: value >= 0,
+        "eval_temperature top_k profile epsilon epsilon_high beta kl_cov_coef entropy_coef_delta "
+        "entropy_coef_min teacher_coef",
+    ),
     "{} > 0": (lambda value: value > 0, "temperature repetition_penalty vllm_server_timeout"),
-    "0 < {} <= 1": (lambda value: 0 < value <= 1, "top_p vllm_gpu_memory_utilization"),
-    "0 <= {} <= 1": (lambda value: 0 <= value <= 1, "min_p ref_model_mixup_alpha"),
+    "0 < {} <= 1": (lambda value: 0 < value <= 1, "top_p vllm_gpu_memory_utilization clip_cov_ratio kl_cov_ratio"),
+    "0 <= {} <= 1": (lambda value: 0 <= value <= 1, "min_p ref_model_mixup_alpha top_entropy_quantile"),
 }
 """The settings that each bound is for, where they are not None."""
 
@@ -97,13 +103,24 @@ def _check_objective(config: GRPOConfig) -> None:
     """Try it on made-up tokens, which have what this run's tokens will have."""
     objective, batch = config.objective(), trial_batch()
     batch = replace(
-        batch,
-        log_ratio=objective.level(batch),
+        objective.prepared(batch),
         rollout_logprobs=batch.rollout_logprobs if config.use_vllm else None,
         ref_logprobs=batch.ref_logprobs if config.beta else None,
+        teacher_logprobs=None,
     )
     check_loss(objective.terms[0].value, batch, f"loss_type={config.loss_type!r}")
-    check_arguments(config.credit(), 2, f"advantage={config.advantage_form!r}: {CREDIT_FORM}")
+    low, start, high = config.entropy_coef_min, config.entropy_coef, config.entropy_coef_max
+    if config.use_adaptive_entropy and not low <= start <= high:
+        raise ValueError(
+            f"entropy_coef_min={low}, entropy_coef={start}, entropy_coef_max={high}, but with use_adaptive_entropy=True "
+            "entropy_coef_min <= entropy_coef <= entropy_coef_max is needed"
+        )
+    if config.multi_objective_aggregation == "normalize_then_sum" and config.advantage not in (None, "gdpo"):
+        raise ValueError(
+            f"multi_objective_aggregation='normalize_then_sum' is advantage='gdpo', and advantage is {config.advantage!r}; "
+            "set one of them"
+        )
+    config.credit()
 
 
 def _check_engine(config: GRPOConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +14,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from grpo_hf.algorithm.entropy_control import EntropyControl
 from grpo_hf.algorithm.objective import Objective
+from grpo_hf.algorithm.selection import joined
 from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.packing.logprobs import batch_logprobs
 from grpo_hf.rollout.peers import ALONE, Peers
@@ -31,6 +34,8 @@ class StepReport:
 
     loss: Tensor
     """Of the update: this process's part, times the number of processes."""
+    policy_loss: Tensor
+    """The same of the policy's and the KL's terms alone."""
     batches: list[PackedBatch] = field(default_factory=list)
     """The micro-batches that were run."""
     metrics: list[dict[str, Tensor]] = field(default_factory=list)
@@ -48,7 +53,7 @@ class StepReport:
 
 
 class Policy:
-    """A causal LM with what its training needs: a wrapper, a reference, a layout, an objective.
+    """A causal LM with what its training needs: a wrapper, a reference, a teacher, a layout, an objective.
 
     ``inner`` is the model or the PEFT model around it; ``wrapped`` what the launcher has put around that.
     """
@@ -64,6 +69,8 @@ class Policy:
         temperature: float,
         reference: nn.Module | None = None,
         needs_reference: bool = False,
+        teacher: nn.Module | None = None,
+        entropy_control: EntropyControl | None = None,
         sharded: bool = False,
         peers: Peers = ALONE,
     ):
@@ -72,6 +79,7 @@ class Policy:
         self.inner = self.wrapped = model
         self.accelerator, self.objective, self.layout, self.temperature = accelerator, objective, layout, temperature
         self.reference, self.needs_reference, self.sharded, self.peers = reference, needs_reference, sharded, peers
+        self.teacher, self.entropy_control = teacher, entropy_control
         self.tokens_per_microbatch = tokens_per_microbatch
         self.was_halved = False
         """Whether memory has run out before; once more ends the run."""
@@ -100,6 +108,12 @@ class Policy:
         with self.inner.disable_adapter():
             return self._forward(self.wrapped, self.inner, batch)[0]
 
+    @torch.no_grad()
+    def teacher_logprobs(self, batch: PackedBatch) -> Tensor:
+        """log π_teacher of every target [token]."""
+        assert self.teacher is not None
+        return self._forward(self.teacher, self.teacher, batch)[0]
+
     def annotated(self, updates: list[Update], *, step: int) -> list[Update]:
         """The updates of a new rollout with the log-probs that they will need of the weights as they are now: the
         reference's, and, for all but the first, whose weights these are, the policy's own."""
@@ -107,6 +121,7 @@ class Policy:
 
     def _annotated(self, update: Update, number: int) -> Update:
         wanted = {"ref_logprobs": self.ref_logprobs} if self.needs_reference else {}
+        wanted |= {"teacher_logprobs": self.teacher_logprobs} if self.teacher is not None else {}
         wanted |= {"old_logprobs": self.logprobs} if number else {}
         found: dict[str, dict[int, Tensor]] = {name: {} for name in wanted}
         for batch in self.microbatches(update) if wanted else ():
@@ -134,22 +149,58 @@ class Policy:
         return self._retried(run, step)[0], True
 
     def _forward_backward(self, update: Update) -> StepReport:
-        report = StepReport(torch.zeros((), device=self.accelerator.device))
+        zero = torch.zeros((), device=self.accelerator.device)
+        report, objective = StepReport(zero, zero), self.objective
+        if self.entropy_control is not None:
+            objective = objective.with_coefficient("entropy", -self.entropy_control.applied)
         batches = self.microbatches(update)
+        selected = self._selected(batches)
         for number, batch in enumerate(batches, start=1):
             # Gradients that are not synchronized are whole ones, for which sharded models have no room.
             synced = number == len(batches) or self.sharded
             with contextlib.nullcontext() if synced else self.accelerator.no_sync(self.wrapped):
                 tokens = batch.tokens(*self._forward(self.wrapped, self.inner, batch))
-                part, metrics = self.objective(tokens, update.denominators)
+                tokens = replace(tokens, selected=selected[number - 1])
+                parts, metrics = objective.parts(tokens, update.denominators)
                 # Data-parallel wrappers average over processes what is already a share of the global sum.
-                part = part * batch.weight * update.denominators.num_processes
+                factor = batch.weight * update.denominators.num_processes
+                part = sum(parts.values(), start=zero) * factor
                 self.accelerator.backward(part)
-            report.loss += part.detach()
+            of_policy = [value for name, value in parts.items() if name in ("policy", "kl")]
+            report.loss = report.loss + part.detach()
+            report.policy_loss = report.policy_loss + sum(of_policy, start=zero).detach() * factor
             report.batches.append(batch)
             report.metrics.append({name: value.detach() for name, value in metrics.items()} if batch.weight else {})
             report.logprobs |= batch.by_sample(tokens.logprobs.detach().cpu())
         return report
+
+    @torch.no_grad()
+    def _selected(self, batches: list[PackedBatch]) -> list[dict[str, Tensor]]:
+        """By micro-batch what the objective's selections say of its tokens, when they have seen those of all processes."""
+        if not self.objective.selections:
+            return [{} for _ in batches]
+        mine = [batch.tokens(*self._forward(self.wrapped, self.inner, batch)) for batch in batches]
+        counted = [tokens for tokens, batch in zip(mine, batches, strict=True) if batch.weight]
+        everyone = self.peers.gather([joined(counted)] if counted else [])
+        before = sum(len(tokens.logprobs) for part in everyone[: self.peers.rank] for tokens in part)
+        said = self.objective.select(joined([tokens for part in everyone for tokens in part])) if any(everyone) else {}
+        selected = []
+        for tokens, batch in zip(mine, batches, strict=True):
+            of_batch = {name: torch.zeros_like(tokens.logprobs) for name in self.objective.selections}
+            if batch.weight:
+                place = slice(before, before + len(tokens.logprobs))
+                of_batch = {name: values[place].to(tokens.logprobs) for name, values in said.items()}
+                before = place.stop
+            selected.append(of_batch)
+        return selected
+
+    def adapt(self, entropy: float) -> float:
+        """Let the entropy coefficient follow a step's mean entropy over all processes; returns it."""
+        if self.entropy_control is None:
+            return -sum(term.coefficient for term in self.objective.terms if term.name == "entropy")
+        if not math.isnan(entropy):
+            self.entropy_control = self.entropy_control.after(entropy)
+        return self.entropy_control.coefficient
 
     def _forward(self, wrapped: nn.Module, inner: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy of the targets [token], in place of the inner model's forward, through the wrapper (DDP,
@@ -182,14 +233,18 @@ class Policy:
         logger.warning(f"{message}; from here on it is {budget // 2}, and the step is taken again with the same numbers")
 
     def state_dict(self) -> dict[str, Any]:
-        """The budget, where memory has run out."""
-        return {"halved_budget": self.tokens_per_microbatch if self.was_halved else None}
+        """The budget, where memory has run out, and the entropy coefficient, where it moves."""
+        return {
+            "halved_budget": self.tokens_per_microbatch if self.was_halved else None,
+            "entropy_control": self.entropy_control,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a checkpoint's."""
         if state["halved_budget"]:
             self.tokens_per_microbatch = min(state["halved_budget"], self.tokens_per_microbatch)
             self.was_halved = True
+        self.entropy_control = state["entropy_control"]
 
 
 def with_logprobs(samples: list[TrainingSample], **found: dict[int, Tensor]) -> list[TrainingSample]:

@@ -187,6 +187,7 @@ class GRPOTrainer(Trainer):
             temperature=args.temperature,
             reference=copy.deepcopy(self.model).eval().requires_grad_(False) if own_reference else None,
             needs_reference=args.beta > 0,
+            entropy_control=args.entropy_control(),
             sharded=is_sharded(self.accelerator),
             peers=self.peers,
         )
@@ -274,6 +275,7 @@ class GRPOTrainer(Trainer):
             update.samples = with_logprobs(update.samples, old_logprobs=report.logprobs)  # for its later passes
         self.current_flos += self.recorder.throughput.add(report.batches)
         means = self.recorder.step(report)
+        self.metrics.mean("entropy_coef", self.policy.adapt(means.get("entropy", math.nan)))
         if (rollout := self.rollout) is not None:
             means["sampling/staleness"] = rollout.index * self.args.steps_per_rollout - rollout.version
         explain = partial(checks.why_not_finite, self.model, self.args, report)

@@ -6,10 +6,7 @@ TRL_ONLY: dict[str, str] = {
     "cast_lm_head_to_fp32": "log-probs are always taken in float32; load the model in float32 for a float32 head",
     "pad_to_multiple_of": "the packed layout has no padding; leave it out",
     "generation_kwargs": "use temperature, top_p, top_k, min_p and repetition_penalty",
-    "multi_objective_aggregation": "advantage='gdpo' normalizes each reward before the sum, the other forms after it",
-    "top_entropy_quantile": "every token counts; use entropy_coef for exploration",
     "max_tool_calling_iterations": "completions are single-turn here",
-    "off_policy_mask_threshold": "use delta, or fewer updates per rollout",
     "log_multimodal": "this trainer is for text-only models",
     "log_unique_prompts": "all samples are in <output_dir>/rollouts/*.parquet",
     "log_completions_hub_repo": "upload <output_dir>/rollouts/*.parquet with the hub's own tools",
@@ -22,13 +19,5 @@ TRL_ONLY: dict[str, str] = {
         "ds3_gather_for_generation cache_implementation use_transformers_continuous_batching use_transformers_paged "
         "transformers_continuous_batching_config vllm_model_impl".split(),
         "there is one path here, so nothing to choose; leave it out",
-    ),
-    **dict.fromkeys(
-        ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
-        "loss_type='vespo' is not here; 'sapo' is the soft-clipped loss",
-    ),
-    **dict.fromkeys(
-        "use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target".split(),
-        "set a constant entropy_coef",
     ),
 }
