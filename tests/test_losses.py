@@ -149,7 +149,8 @@ def test_dppo_masks_large_steps_of_probability(loss: Callable[..., Any], epsilon
 
 def test_which_tokens_change_the_entropy_most() -> None:
     # Deviations of A: 2, 2, -2, -2; of log π_θ: 3, -1, -1, -1: covariances 6, -2, 2, 2.
-    batch = replace(token_batch([1.0] * 4, [2.0, 2.0, -2.0, -2.0]), logprobs=torch.tensor([0.0, -4.0, -4.0, -4.0]))
+    logprobs = torch.tensor([0.0, -4.0, -4.0, -4.0])
+    batch = replace(token_batch([1.0] * 4, [2.0, 2.0, -2.0, -2.0]), logprobs=logprobs, old_logprobs=logprobs)
     assert highest_covariance(batch).tolist() == [1, 0, 0, 0]
     assert highest_covariance(batch, kl_cov_ratio=0.75).tolist() == [1, 0, 1, 1]
     assert covariance_band(batch, clip_cov_ratio=1.0).tolist() == [0, 0, 1, 1], "above 1 and below 5"
@@ -157,6 +158,8 @@ def test_which_tokens_change_the_entropy_most() -> None:
     assert covariance_band(batch, clip_cov_lb=6.0).tolist() == [0, 0, 0, 0]
     wide = covariance_band(batch, clip_cov_ratio=0.5, clip_cov_lb=-3.0, clip_cov_ub=7.0)
     assert wide[1] == wide[2] + wide[3] == 1, "spread over the band, which begins with the second token"
+    moved = replace(batch, old_logprobs=torch.tensor([0.0, -4.0, -3.0, -4.0]))
+    assert covariance_band(moved, clip_cov_ratio=1.0).tolist() == [0, 0, 0, 1], "the third is clipped already"
 
 
 def test_top_entropy_keeps_the_highest_share() -> None:

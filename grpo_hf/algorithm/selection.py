@@ -39,16 +39,27 @@ def mean_of_top_entropy(batch: TokenBatch, *, top_entropy_quantile: float = 0.2)
 
 
 def covariance_band(
-    batch: TokenBatch, *, clip_cov_ratio: float = 0.0002, clip_cov_lb: float = 1.0, clip_cov_ub: float = 5.0
+    batch: TokenBatch,
+    *,
+    clip_cov_ratio: float = 0.0002,
+    clip_cov_lb: float = 1.0,
+    clip_cov_ub: float = 5.0,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
 ) -> Tokens:
     """1 on a share of the tokens whose covariance of advantage and log-prob, (A - mean A)(log π - mean log π), is between
-    the bounds, one at least where there are any (Clip-Cov; Cui et al. 2025, arXiv 2505.22617).
+    the bounds, one at least where there are any, among those that PPO's clip leaves a gradient (Clip-Cov; Cui et al. 2025,
+    arXiv 2505.22617).
 
     The paper draws them at random; here they are spread evenly over the band, which needs no random numbers.
     """
     covariance = _covariance(batch)
+    ratio, better = (batch.logprobs - batch.old_logprobs).detach().exp(), batch.advantages > 0
+    high = epsilon if epsilon_high is None else epsilon_high
+    clipped = torch.where(better, ratio > 1 + high, ratio < 1 - epsilon)
+    eligible = (covariance > clip_cov_lb) & (covariance < clip_cov_ub) & ~clipped
     order = covariance.argsort()
-    band = order[(covariance[order] > clip_cov_lb) & (covariance[order] < clip_cov_ub)]
+    band = order[eligible[order]]
     count = min(max(int(clip_cov_ratio * len(covariance)), 1), len(band))
     chosen = torch.zeros_like(covariance)
     chosen[band[(torch.arange(count) * len(band)).div(max(count, 1), rounding_mode="floor")]] = 1.0

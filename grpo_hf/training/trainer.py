@@ -48,6 +48,7 @@ from grpo_hf.training.guards import GuardError, Guards, Seen
 from grpo_hf.training.models import causal_lm, is_sharded, load_config, load_model, load_tokenizer
 from grpo_hf.training.policy import Policy, with_logprobs
 from grpo_hf.training.recorder import Recorder, put_back
+from grpo_hf.training.teacher import check_vocabulary, load_teacher, rewards_beside
 from grpo_hf.training.throughput import Throughput
 
 logger = logging.get_logger(__name__)
@@ -58,8 +59,9 @@ class GRPOTrainer(Trainer):
 
     The constructor is TRL's. `model` is a name, a path or a causal LM; `reward_funcs` one or several of: a registered
     name, `package.module:function`, `path/file.py:function`, a function, a sequence-classification model. `train_dataset`
-    needs a column "prompt" (strings or chat messages); verifiers take the other columns by name. Raises ValueError for bad
-    input before any weights load.
+    needs a column "prompt" (strings or chat messages); verifiers take the other columns by name. With a `teacher`, a name, a
+    path or a causal LM with the same vocabulary, the reverse KL to it is part of the loss (`teacher_coef`); without
+    reward_funcs it is all of it. Raises ValueError for bad input before any weights load.
     """
 
     args: GRPOConfig  # type: ignore[assignment]
@@ -80,6 +82,7 @@ class GRPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        teacher: str | PreTrainedModel | None = None,
         **unsupported: Any,
     ):
         checks.refuse_arguments(unsupported)
@@ -88,6 +91,7 @@ class GRPOTrainer(Trainer):
         if args.use_vllm and args.vllm_mode == "colocate":
             installed_vllm()
         self.metrics = Metrics()
+        reward_funcs = rewards_beside(teacher, reward_funcs)
         self.rewards, self.reward_weights = checks.checked_rewards(reward_funcs, args, reward_processing_classes)
         self.scorer = Scorer(self.rewards, self.reward_weights, args.reward_settings())
         init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
@@ -98,6 +102,7 @@ class GRPOTrainer(Trainer):
         self._check = partial(
             checks.checked_prompts, args=args, scorer=self.scorer, tokenizer=tokenizer, config=load_config(model, **shared)
         )
+        check_vocabulary(teacher, tokenizer, **shared)
         self.prompts = train = self._check(train_dataset, "train_dataset")
         checks.check_enough_prompts(train, args)
         self.eval_prompts = evals = self._checked_eval(eval_dataset)
@@ -135,8 +140,8 @@ class GRPOTrainer(Trainer):
             if hasattr(reward.function, "processing_class"):  # a model
                 reward.function.to(self.args.device)  # type: ignore[attr-defined]
         self.peers = Peers(self.args.process_index, self.args.world_size, lambda item: gather_object([item]))
-        self.objective: Objective = args.objective()
-        self.policy = self._make_policy()
+        self.objective: Objective = args.objective(teacher=teacher is not None)
+        self.policy = self._make_policy(load_teacher(teacher, self.args.device, **shared))
         self.plan = self._make_plan()
         self.stream = self._make_stream(tokenizer)
         self.rollout: Rollout | None = None
@@ -167,9 +172,12 @@ class GRPOTrainer(Trainer):
         named = evals if isinstance(evals, dict) else {} if evals is None else {"": evals}
         return {name: self._check(table, f"eval_dataset {name}".strip()) for name, table in named.items()}
 
-    def _make_policy(self) -> Policy:
+    def _make_policy(self, teacher: PreTrainedModel | None) -> Policy:
         args, longest = self.args, max(map(len, self.prompts.ids))
-        layout = choose_layout(causal_lm(self.model), [self.prompts.ids[0], self.prompts.ids[-1]], args.token_layout)
+        to_try = [self.prompts.ids[0], self.prompts.ids[-1]]
+        layout = choose_layout(causal_lm(self.model), to_try, args.token_layout)
+        if teacher is not None:
+            choose_layout(teacher, to_try, layout)
         budget = args.tokens_per_microbatch or default_budget(
             args.device,
             longest_prompt=longest,
@@ -187,6 +195,7 @@ class GRPOTrainer(Trainer):
             temperature=args.temperature,
             reference=copy.deepcopy(self.model).eval().requires_grad_(False) if own_reference else None,
             needs_reference=args.beta > 0,
+            teacher=teacher,
             entropy_control=args.entropy_control(),
             sharded=is_sharded(self.accelerator),
             peers=self.peers,
