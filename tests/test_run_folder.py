@@ -66,8 +66,14 @@ def test_the_names_of_the_metrics(tmp_path: Path) -> None:
         ({"beta": 0.1}, {"kl", "guards/kl"}, set()),
         ({"loss_type": "cispo", "epsilon_high": 5.0}, {"cispo_clip_ratio"}, {n for n in TRL_NAMES if "clip_ratio/" in n}),
         ({"loss_type": "reinforce"}, set(), {n for n in TRL_NAMES if "clip_ratio/" in n}),
+        ({"entropy_coef": 0.1}, {"policy_loss", "entropy_coef"}, set()),
+        (
+            {"loss_type": "vespo", "off_policy_mask_threshold": 0.5},
+            {"vespo/phi_seq_mean", "off_policy_mask_ratio"},
+            {n for n in TRL_NAMES if "clip_ratio/" in n},
+        ),
     ],
-    ids=["beta", "cispo", "reinforce"],
+    ids=["beta", "cispo", "reinforce", "entropy bonus", "vespo"],
 )
 def test_names_that_settings_add_or_take_away(tmp_path: Path, settings: dict, more: set, fewer: set) -> None:
     trainer = tiny_trainer(tmp_path, **settings)

@@ -34,8 +34,8 @@ class StepReport:
 
     loss: Tensor
     """Of the update: this process's part, times the number of processes."""
-    policy_loss: Tensor
-    """The same of the policy's and the KL's terms alone."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """The same by term of the objective."""
     batches: list[PackedBatch] = field(default_factory=list)
     """The micro-batches that were run."""
     metrics: list[dict[str, Tensor]] = field(default_factory=list)
@@ -150,7 +150,7 @@ class Policy:
 
     def _forward_backward(self, update: Update) -> StepReport:
         zero = torch.zeros((), device=self.accelerator.device)
-        report, objective = StepReport(zero, zero), self.objective
+        report, objective = StepReport(zero), self.objective
         if self.entropy_control is not None:
             objective = objective.with_coefficient("entropy", -self.entropy_control.applied)
         batches = self.microbatches(update)
@@ -166,9 +166,9 @@ class Policy:
                 factor = batch.weight * update.denominators.num_processes
                 part = sum(parts.values(), start=zero) * factor
                 self.accelerator.backward(part)
-            of_policy = [value for name, value in parts.items() if name in ("policy", "kl")]
             report.loss = report.loss + part.detach()
-            report.policy_loss = report.policy_loss + sum(of_policy, start=zero).detach() * factor
+            for name, value in parts.items():
+                report.parts[name] = report.parts.get(name, zero) + value.detach() * factor
             report.batches.append(batch)
             report.metrics.append({name: value.detach() for name, value in metrics.items()} if batch.weight else {})
             report.logprobs |= batch.by_sample(tokens.logprobs.detach().cpu())
@@ -194,13 +194,17 @@ class Policy:
             selected.append(of_batch)
         return selected
 
-    def adapt(self, entropy: float) -> float:
-        """Let the entropy coefficient follow a step's mean entropy over all processes; returns it."""
-        if self.entropy_control is None:
-            return -sum(term.coefficient for term in self.objective.terms if term.name == "entropy")
-        if not math.isnan(entropy):
+    def adapt(self, entropy: float) -> None:
+        """Let the entropy coefficient follow a step's mean entropy over all processes."""
+        if self.entropy_control is not None and not math.isnan(entropy):
             self.entropy_control = self.entropy_control.after(entropy)
-        return self.entropy_control.coefficient
+
+    @property
+    def entropy_coef(self) -> float | None:
+        """As TRL logs it: the constant one, or the one that the next step has; None without an entropy bonus."""
+        if self.entropy_control is not None:
+            return self.entropy_control.coefficient
+        return next((-term.coefficient for term in self.objective.terms if term.name == "entropy"), None)
 
     def _forward(self, wrapped: nn.Module, inner: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy of the targets [token], in place of the inner model's forward, through the wrapper (DDP,

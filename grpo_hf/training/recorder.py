@@ -22,6 +22,9 @@ from grpo_hf.training.throughput import Throughput
 SPREAD = ("sampling/sampling_logp_difference", "sampling/importance_sampling_ratio")
 """Per-token values that are logged with their smallest and largest."""
 
+OF_THE_POLICY = {"policy", "kl"}
+"""The terms of the objective that TRL logs as policy_loss, where there is an entropy bonus too."""
+
 
 @dataclass
 class Recorder:
@@ -78,7 +81,8 @@ class Recorder:
         self.metrics.mean("tokens/max_over_mean", max(part["tokens"][0] for part in everyone) / means.pop("tokens"))
         if math.isfinite(means["loss"]):
             self.metrics.mean("loss", report.loss)
-            self.metrics.mean("policy_loss", report.policy_loss)
+            if report.parts.keys() - OF_THE_POLICY:
+                self.metrics.mean("policy_loss", sum(report.parts[name] for name in OF_THE_POLICY & report.parts.keys()))
             self._record_values(values)
             for batch, of_batch in zip(report.batches, report.metrics, strict=True):  # by completion
                 if (low := of_batch.get("clip_ratio/low")) is not None:

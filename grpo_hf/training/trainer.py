@@ -284,7 +284,9 @@ class GRPOTrainer(Trainer):
             update.samples = with_logprobs(update.samples, old_logprobs=report.logprobs)  # for its later passes
         self.current_flos += self.recorder.throughput.add(report.batches)
         means = self.recorder.step(report)
-        self.metrics.mean("entropy_coef", self.policy.adapt(means.get("entropy", math.nan)))
+        self.policy.adapt(means.get("entropy", math.nan))
+        if self.policy.entropy_coef is not None:
+            self.metrics.mean("entropy_coef", self.policy.entropy_coef)
         if (rollout := self.rollout) is not None:
             means["sampling/staleness"] = rollout.index * self.args.steps_per_rollout - rollout.version
         explain = partial(checks.why_not_finite, self.model, self.args, report)
