@@ -1,6 +1,7 @@
 """GRPOConfig: TRL's names and defaults, the numbers that follow from the batch sizes, and an error for what cannot work."""
 
 import dataclasses
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from grpo_hf.algorithm.correction import corrected, measured
 from grpo_hf.algorithm.kl import KL_ESTIMATORS
 from grpo_hf.algorithm.losses import LEVELS, LOSSES
 from grpo_hf.algorithm.trial import gradient_of, trial_batch
-from grpo_hf.training.trl_names import TRL_ONLY
+from grpo_hf.training.trl_names import ASKS_FOR_NOTHING, TRL_ONLY
 from tests.tiny import tiny_trainer
 
 
@@ -207,7 +208,8 @@ def test_selections_get_the_settings_that_they_name() -> None:
     selections = (
         config(loss_type="clip_cov", clip_cov_ratio=0.1, clip_cov_ub=3.0, top_entropy_quantile=0.2).objective().selections
     )
-    assert selections["clip_cov"].keywords == {"clip_cov_ratio": 0.1, "clip_cov_lb": 1.0, "clip_cov_ub": 3.0}
+    of_clip = {"epsilon": 0.2, "epsilon_high": None}
+    assert selections["clip_cov"].keywords == {"clip_cov_ratio": 0.1, "clip_cov_lb": 1.0, "clip_cov_ub": 3.0} | of_clip
     assert selections["top_entropy"].keywords == {"top_entropy_quantile": 0.2}
     assert config(advantage="pass_at_k", advantage_k=3).credit().keywords == {"advantage_k": 3}
     assert config().objective().selections == {}
@@ -362,9 +364,62 @@ def test_what_cannot_work_is_refused(settings: dict, message: str) -> None:
 
 @pytest.mark.parametrize("name", TRL_ONLY)
 def test_a_name_of_trl_that_is_not_here_says_what_to_use(name: str) -> None:
+    """Unless it asks for nothing."""
     assert name not in {item.name for item in dataclasses.fields(GRPOConfig)}
     with pytest.raises(ValueError, match=f"no setting '{name}': .{{10,}}"):
-        config(**{name: None})
+        config(**{name: "something"})
+    config(**{name: None})
+    config(**{name: ASKS_FOR_NOTHING.get(name)})
+
+
+def test_generation_kwargs_are_settings_under_other_names() -> None:
+    given = {
+        "temperature": 0.7,
+        "max_new_tokens": 32,
+        "stop": "END",
+        "eos_token_id": [3, 4],
+        "do_sample": True,
+        "num_beams": 1,
+    }
+    made = config(generation_kwargs=given, temperature=1.0)
+    assert (made.temperature, made.max_completion_length) == (0.7, 32)
+    assert (made.stop_strings, made.stop_token_ids) == (["END"], [3, 4])
+    for given, message in {
+        "beams": ({"num_beams": 4}, "has num_beams=4, but completions are samples of the policy"),
+        "another filter": (
+            {"suppress_tokens": [1]},
+            "has 'suppress_tokens', which the loss could not account for; it may have",
+        ),
+        "a bound": ({"top_p": 0.0}, "top_p=0.0, but 0 < top_p <= 1 is needed"),
+    }.values():
+        with pytest.raises(ValueError, match=message):
+            config(generation_kwargs=given)
+
+
+def test_trust_remote_code_goes_to_what_is_loaded() -> None:
+    assert config(trust_remote_code=True).model_init_kwargs == {"trust_remote_code": True}
+    assert config(trust_remote_code=True, model_init_kwargs={"revision": "x"}).model_init_kwargs["revision"] == "x"
+    assert config().model_init_kwargs is None
+
+
+WARNINGS = {
+    "GSPO by tokens": ({"importance_sampling_level": "sequence"}, "counts a completion as often as it has tokens; for GSPO"),
+    "LUSPO by tokens": ({"loss_type": "luspo"}, "is meant for importance_sampling_level='sequence'"),
+    "VESPO by sequence": (
+        {"loss_type": "vespo", "importance_sampling_level": "sequence"},
+        "a ratio of completions by itself",
+    ),
+    "GSPO": ({"loss_type": "grpo", "importance_sampling_level": "sequence"}, None),
+    "LUSPO": ({"loss_type": "luspo", "importance_sampling_level": "sequence"}, None),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), WARNINGS.values(), ids=WARNINGS)
+def test_levels_of_no_paper_are_warned_of(settings: dict, message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("grpo_hf.training.config_checks"), "warning", said.append)
+    config(**settings)
+    assert len(said) == (message is not None) and all(str(message) in text for text in said)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,18 @@ def test_the_values_of_the_metrics(tmp_path: Path) -> None:
     assert entry["tokens_per_second"] == pytest.approx(sum(lengths) / times)
 
 
+@pytest.mark.parametrize(("logging_steps", "lines"), [(10, [3]), (2, [2, 3]), (3, [3])])
+def test_the_last_steps_are_logged(tmp_path: Path, logging_steps: int, lines: list[int]) -> None:
+    trainer = tiny_trainer(tmp_path, max_steps=3, logging_steps=logging_steps, write_report=True)
+    trainer.train()
+    assert [line["step"] for line in logs(trainer)] == lines
+    assert (tmp_path / "report.html").is_file()
+    each = tiny_trainer(tmp_path, max_steps=3)
+    each.train()
+    rest = values(each, "reward")[lines[-2] if len(lines) > 1 else 0 :]
+    assert logs(trainer)[-1]["reward"] == pytest.approx(sum(rest) / len(rest))
+
+
 def test_a_log_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     def run(logging_steps: int) -> GRPOTrainer:
         trainer = tiny_trainer(tmp_path, max_steps=4, logging_steps=logging_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from functools import partial
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from grpo_hf import GRPOConfig
 from grpo_hf.algorithm.advantages import ADVANTAGES
@@ -173,6 +175,21 @@ def test_loss_gradient_and_metrics(settings: dict[str, Any]) -> None:
         mine = our_metrics.get(name, our_metrics.get(name.removesuffix("_mean")))
         if name not in ("policy_loss", "entropy_coef"):
             assert mine == pytest.approx(value, rel=1e-5, abs=1e-7), name
+
+
+OF_ITS_OWN = {"bf16": "on where there is a GPU that has it", "disable_dropout": "the policy that sampled is trained"}
+
+
+def test_a_setting_at_its_default_is_accepted() -> None:
+    """All that are its GRPOConfig's own; and means the same, but for these."""
+    its = {item.name: item.default for item in dataclasses.fields(trl.GRPOConfig)}
+    inherited = {item.name for item in dataclasses.fields(transformers.TrainingArguments)}
+    own = {name: value for name, value in its.items() if name not in inherited}
+    assert len(own) > 60 and "vllm_model_impl" in own
+    made = settings_of(**(own | {"max_completion_length": 9}))
+    for name, value in own.items():
+        if hasattr(made, name) and name not in {*OF_ITS_OWN, "max_completion_length"}:
+            assert getattr(made, name) == value, name
 
 
 def test_multi_objective_aggregation() -> None:

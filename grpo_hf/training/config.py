@@ -26,7 +26,7 @@ from grpo_hf.rollout.dynamic import CURRICULA, Choice, skip_solved
 from grpo_hf.rollout.weight_sync import LORA_SYNCS
 from grpo_hf.training.config_checks import check_config
 from grpo_hf.training.guards import ACTIONS, GUARDS, Guard, chosen_guards
-from grpo_hf.training.trl_names import TRL_ONLY
+from grpo_hf.training.trl_names import TRL_ONLY, asks_for_nothing, sampling_settings
 
 if TYPE_CHECKING:
     from grpo_hf.algorithm.advantages import Credit
@@ -42,6 +42,8 @@ def refuse_unknown_names(config_class: Class) -> Class:
     @functools.wraps(original)
     def init(self: Any, *args: Any, **settings: Any) -> None:
         known = [item.name for item in fields(config_class) if item.init]
+        for name in [name for name in settings if name in TRL_ONLY and asks_for_nothing(name, settings[name])]:
+            del settings[name]
         for name in settings:
             if name in TRL_ONLY:
                 raise ValueError(f"grpo_hf has no setting {name!r}: {TRL_ONLY[name]}")
@@ -72,6 +74,7 @@ class GRPOConfig(TrainingArguments):
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "chat_template_kwargs",
+        "generation_kwargs",
         "vllm_structured_outputs_json",
         "reward_policy",
         "guards",
@@ -85,6 +88,8 @@ class GRPOConfig(TrainingArguments):
 
     # Model and data
     model_init_kwargs: dict | str | None = option(None, "Keywords of from_pretrained when the model is given by name.")
+    trust_remote_code: bool = option(False, "Run the code that a model's or tokenizer's repository brings along.")
+    cast_lm_head_to_fp32: bool = option(False, "Compute the logits in float32, from a float32 copy of an untied head.")
     disable_dropout: bool = option(True, "Train the policy that sampled: no dropout. (TRL's default is False.)")
     chat_template_kwargs: dict | str | None = option(None, "Keywords of the chat template.")
     shuffle_dataset: bool = option(True, "A new order of the prompts for each pass.")
@@ -106,6 +111,11 @@ class GRPOConfig(TrainingArguments):
     repetition_penalty: float = option(1.0, "Divides the scores of tokens already present.")
     stop_strings: list[str] | None = option(None, "Any of these in its text ends a completion.")
     stop_token_ids: list[int] | None = option(None, "Tokens that end a completion, beside the model's own.")
+
+    generation_kwargs: dict | str | None = option(
+        None, "These settings under the names of GenerationConfig or SamplingParams; they go before the ones above."
+    )
+    pad_to_multiple_of: int | str | None = option(None, "Accepted, and changes nothing: rows are not padded.")
 
     # Choice of prompts
     dynamic_sampling: bool = option(False, "Draw prompts until a rollout has its number of groups with unequal rewards.")
@@ -136,6 +146,9 @@ class GRPOConfig(TrainingArguments):
     vllm_structured_outputs_regex: str | None = option(None, "Sample only what matches this regular expression.")
     vllm_structured_outputs_json: dict | str | None = option(None, "Sample only JSON that this schema allows.")
     vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU's memory for vLLM.")
+    vllm_max_model_length: int | None = option(
+        None, "Context of vLLM in process; None: what the longest prompt and max_completion_length need."
+    )
     vllm_enable_sleep_mode: bool = option(False, "vLLM gives its GPU memory back while training.")
     vllm_importance_sampling_correction: bool = option(True, "Weight the loss by trainer over engine probabilities.")
     vllm_importance_sampling_mode: str = option("sequence_mask", f"One of {', '.join(CORRECTION_MODES)}.")
@@ -229,8 +242,12 @@ class GRPOConfig(TrainingArguments):
     )
 
     # What a run leaves
-    log_completions: bool = option(False, "Print some samples with their rewards at each log line.")
+    log_completions: bool = option(
+        False, "Print some samples with their rewards at each log line; all of them are a table in wandb and trackio."
+    )
     num_completions_to_print: int | None = option(None, "How many; None: 4.")
+    log_unique_prompts: bool = option(False, "One row a prompt in that table.")
+    log_multimodal: bool = option(True, "Accepted, and changes nothing: samples are text.")
     save_rollouts: bool = option(True, "Write every sample to <output_dir>/rollouts/*.parquet.")
     write_report: bool = option(True, "Write <output_dir>/report.html at the end.")
     profile: int = option(0, "Trace so many steps after the first to <output_dir>/profile/, and print the top operators.")
@@ -239,7 +256,13 @@ class GRPOConfig(TrainingArguments):
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported()
+        if self.metric_for_best_model is None and self.load_best_model_at_end:
+            self.metric_for_best_model = "reward"
         super().__post_init__()
+        for name, value in sampling_settings(self.generation_kwargs or {}).items():  # type: ignore[arg-type]
+            setattr(self, name, value)
+        if self.trust_remote_code:
+            self.model_init_kwargs = {"trust_remote_code": True, **(self.model_init_kwargs or {})}  # type: ignore[dict-item]
         self.remove_unused_columns = False
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}

@@ -7,8 +7,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from grpo_hf.algorithm.advantages import ADVANTAGES, NEEDS_A_GROUP
-from grpo_hf.algorithm.aggregation import AGGREGATIONS
+from grpo_hf.algorithm.aggregation import (
+    AGGREGATIONS,
+    constant_length,
+    local_token_mean,
+    sequence_sum,
+    token_mean,
+    update_mean,
+)
 from grpo_hf.algorithm.correction import CORRECTION_MODES
 from grpo_hf.algorithm.kl import KL_ESTIMATORS
 from grpo_hf.algorithm.losses import LEVELS
@@ -18,6 +27,11 @@ from grpo_hf.rollout.weight_sync import LORA_SYNCS
 
 if TYPE_CHECKING:
     from grpo_hf.training.config import GRPOConfig
+
+logger = logging.get_logger(__name__)
+
+WEIGHS_BY_LENGTH = (token_mean, update_mean, constant_length, local_token_mean, sequence_sum)
+"""Aggregations in which a completion has as many shares as tokens."""
 
 
 def check_config(config: GRPOConfig) -> None:
@@ -59,7 +73,8 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "{} >= 1": (
         lambda value: value >= 1,
         "num_generations num_generations_eval num_iterations max_completion_length tokens_per_microbatch "
-        "dynamic_sampling_max_rounds skip_solved_after revisit_after ref_model_sync_steps",
+        "dynamic_sampling_max_rounds skip_solved_after revisit_after ref_model_sync_steps "
+        "vllm_max_model_length",
     ),
     "{} >= 2": (lambda value: value >= 2, "advantage_k"),
     "{} >= 0": (
@@ -99,6 +114,20 @@ def _check_numbers(config: GRPOConfig) -> None:
         raise ValueError("sync_ref_model=True needs a reference model, so beta > 0; beta is 0")
 
 
+def _warn_of_levels(config: GRPOConfig) -> None:
+    """Say so where the level of the ratio and the loss are not those of any paper."""
+    by_sequence, loss = config.importance_sampling_level == "sequence", config.loss_type
+    if loss == "luspo" and not by_sequence:
+        logger.warning("loss_type='luspo' is meant for importance_sampling_level='sequence', and that is 'token'")
+    elif loss in ("vespo", "gmpo") and by_sequence:
+        logger.warning(f"loss_type={loss!r} has a ratio of completions by itself; leave importance_sampling_level 'token'")
+    elif by_sequence and loss != "luspo" and config.objective().terms[0].aggregation in WEIGHS_BY_LENGTH:
+        logger.warning(
+            f"importance_sampling_level='sequence' with loss_type={loss!r} counts a completion as often as it has tokens; "
+            "for GSPO set loss_type='grpo'"
+        )
+
+
 def _check_objective(config: GRPOConfig) -> None:
     """Try it on made-up tokens, which have what this run's tokens will have."""
     objective, batch = config.objective(), trial_batch()
@@ -121,6 +150,7 @@ def _check_objective(config: GRPOConfig) -> None:
             "set one of them"
         )
     config.credit()
+    _warn_of_levels(config)
 
 
 def _check_engine(config: GRPOConfig) -> None:

@@ -34,9 +34,18 @@ def make_engine(
         return TransformersEngine(
             model, pad_token_id=tokenizer.pad_token_id, tokenizer=tokenizer, dtype=args.compute_dtype, together=sharded
         )
+    longest = max(len(ids) for part in prompts for ids in part.ids)
+    if args.vllm_max_model_length is not None:
+        room = args.vllm_max_model_length - args.max_completion_length
+        if room < longest:
+            raise ValueError(
+                f"vllm_max_model_length={args.vllm_max_model_length} leaves no room for the longest prompt of {longest} "
+                f"tokens and max_completion_length={args.max_completion_length}; leave it out, or set {longest - room} more"
+            )
+        longest = room
     shared: dict[str, Any] = {
         "sampling": sampling,
-        "max_prompt_length": max(len(ids) for part in prompts for ids in part.ids),
+        "max_prompt_length": longest,
         "dtype": args.compute_dtype,
         "lora_sync": args.vllm_lora_sync,
     }

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from grpo_hf.algorithm.objective import Objective
 from grpo_hf.evaluation import evaluate_prompts
 from grpo_hf.metrics import Metrics
-from grpo_hf.packing.choose import choose_layout, disable_dropout
+from grpo_hf.packing.choose import choose_layout
 from grpo_hf.packing.layout import default_budget
 from grpo_hf.packing.tree import common_length
 from grpo_hf.rewards import RewardSpec, Scorer
@@ -48,8 +48,10 @@ from grpo_hf.training.guards import GuardError, Guards, Seen
 from grpo_hf.training.models import causal_lm, is_sharded, load_config, load_model, load_tokenizer
 from grpo_hf.training.policy import Policy, with_logprobs
 from grpo_hf.training.recorder import Recorder, put_back
+from grpo_hf.training.tables import log_table, sample_rows
 from grpo_hf.training.teacher import check_vocabulary, load_teacher, rewards_beside
 from grpo_hf.training.throughput import Throughput
+from grpo_hf.types import Group
 
 logger = logging.get_logger(__name__)
 
@@ -106,11 +108,10 @@ class GRPOTrainer(Trainer):
         self.prompts = train = self._check(train_dataset, "train_dataset")
         checks.check_enough_prompts(train, args)
         self.eval_prompts = evals = self._checked_eval(eval_dataset)
+        checks.check_best_metric(args, self.rewards, list(evals))
 
         set_seed(args.seed)  # adapter weights are random
-        lm = load_model(model, **init) if isinstance(model, str) else model
-        if args.disable_dropout:
-            disable_dropout(lm)
+        lm = checks.prepared_model(load_model(model, **init) if isinstance(model, str) else model, args)
         if peft_config is not None:
             lm = get_peft_model(lm, peft_config)  # type: ignore[arg-type]
         args.ignore_data_skip = True  # skipping would sample; rollouts find their own place
@@ -131,6 +132,7 @@ class GRPOTrainer(Trainer):
             ],
             optimizers=optimizers,
         )
+        self.eval_dataset = eval_dataset
         self.loss_is_scaled_for_ga = True
         self._skips_step = False
         self.compute_dtype: torch.dtype = args.compute_dtype or causal_lm(self.model).dtype
@@ -170,7 +172,7 @@ class GRPOTrainer(Trainer):
     def _checked_eval(self, evals: Any) -> dict[str, PromptSet]:
         """Held-out prompts by name; a single data set has the name ""."""
         named = evals if isinstance(evals, dict) else {} if evals is None else {"": evals}
-        return {name: self._check(table, f"eval_dataset {name}".strip()) for name, table in named.items()}
+        return {name: self._check(checks.in_memory(table), f"eval_dataset {name}".strip()) for name, table in named.items()}
 
     def _make_policy(self, teacher: PreTrainedModel | None) -> Policy:
         args, longest = self.args, max(map(len, self.prompts.ids))
@@ -239,6 +241,21 @@ class GRPOTrainer(Trainer):
         )
 
     @property
+    def reward_funcs(self) -> list[Any]:
+        """The verifiers' functions, and the models among them, in their order."""
+        return [getattr(reward.function, "model", None) or reward.function for reward in self.rewards]
+
+    @property
+    def reward_func_names(self) -> list[str]:
+        """Their names, as in the metrics."""
+        return [reward.name for reward in self.rewards]
+
+    @property
+    def reward_processing_classes(self) -> list[Any]:
+        """The tokenizers of those that are models; None for the others."""
+        return [getattr(reward.function, "processing_class", None) for reward in self.rewards]
+
+    @property
     def ref_model(self) -> nn.Module | None:
         """The reference model; None without one, and under LoRA, where it is the model with its adapter switched off."""
         return self.policy.reference
@@ -264,11 +281,18 @@ class GRPOTrainer(Trainer):
         if args.use_vllm:
             self.metrics.mean("sampling/staleness", step - rollout.version)
         since_log = step % max(1, int(self.state.logging_steps or 1))
-        if args.log_completions and self.peers.rank == 0 and since_log < args.steps_per_rollout:
-            own_callbacks.print_samples(rollout.groups, step + 1, args.num_completions_to_print or 4)
+        if args.log_completions and since_log < args.steps_per_rollout:
+            self._show(rollout.groups, step + 1)
+        checks.warn_without_reward(rollout.sampled)
         stop_if_faulty(merged(self.peers.gather(rollout.tally)), self.scorer.settings)
         with self.metrics.phase("logprobs"):
             return replace(rollout, updates=self.policy.annotated(updates, step=step + 1))
+
+    def _show(self, groups: list[Group], step: int) -> None:
+        rows = [row for part in self.peers.gather(sample_rows(groups, step)) for row in part]
+        if self.peers.rank == 0:
+            own_callbacks.print_samples(groups, step, self.args.num_completions_to_print or 4)
+            log_table(rows, self.args.report_to or (), unique_prompts=self.args.log_unique_prompts)
 
     # ---- The update
 
