@@ -490,18 +490,22 @@ def test_samples_are_a_table_where_the_tracker_has_them(
     module = pytest.importorskip(tracker)
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    logged: list[Any] = []
-    own_log = module.log
-    monkeypatch.setattr(module, "log", lambda values, *args, **more: (logged.append(values), own_log(values, *args, **more)))
+    frames: list[Any] = []
+    build = module.Table.__init__
+
+    def observed(table: Any, *args: Any, dataframe: Any, **more: Any) -> None:
+        frames.append(dataframe)
+        build(table, *args, dataframe=dataframe, **more)
+
+    monkeypatch.setattr(module.Table, "__init__", observed)
     settings = {"log_completions": True, "report_to": [tracker], "max_steps": 2, "log_unique_prompts": tracker == "wandb"}
     trainer = tiny_trainer(tmp_path, **settings)
     trainer.train()
-    tables = [values["completions"] for values in logged if "completions" in values]
-    assert len(tables) == 2 and all(isinstance(table, module.Table) for table in tables)
-    frame = tables[-1].get_dataframe() if tracker == "wandb" else tables[-1]._data
-    assert list(frame.columns) == ["step", "prompt", "completion", "even_words", "advantage"]
-    assert len(frame) == (2 if tracker == "wandb" else 8)
-    assert frame["even_words"][0] == trainer.rollout.groups[0].completions[0].reward
+    assert len(frames) == 2
+    assert list(frames[1].columns) == ["step", "prompt", "completion", "even_words", "advantage"]
+    assert len(frames[1]) == (2 if tracker == "wandb" else 8)
+    assert frames[1]["even_words"][0] == trainer.rollout.groups[0].completions[0].reward
+    assert tracker != "wandb" or module.run.summary["completions"]["nrows"] == 2
 
 
 def test_model_init_kwargs_load_the_model(tmp_path: Path) -> None:

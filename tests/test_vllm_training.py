@@ -35,6 +35,12 @@ def vllm_trainer(folder: Path, **settings: Any) -> GRPOTrainer:
     return tiny_trainer(folder, model=model, **({"use_vllm": True} | settings))
 
 
+def test_a_context_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    """The longest prompt has 5 tokens, and a completion may have 8."""
+    with pytest.raises(ValueError, match="vllm_max_model_length=12 leaves no room for the longest prompt of 5 .* set 13"):
+        vllm_trainer(tmp_path, vllm_max_model_length=12)
+
+
 def lines(trainer: GRPOTrainer) -> list[dict[str, float]]:
     """The log lines of training steps."""
     return [line for line in trainer.state.log_history if "loss" in line]
@@ -47,14 +53,14 @@ def test_first_ratio_is_one_and_the_engine_agrees(tmp_path: Path, monkeypatch: p
         tmp_path, max_steps=6, learning_rate=0.01, steps_per_generation=2, peft_config=LORA if lora else None
     )
     ratios: dict[int, list] = defaultdict(list)
-    objective = Objective.__call__
+    parts = Objective.parts
 
     def observed(self, batch, denominators):
         ratios[trainer.state.global_step].append((batch.logprobs - batch.old_logprobs).detach().exp())
         assert (batch.old_logprobs - batch.rollout_logprobs).abs().max() < 1e-3
-        return objective(self, batch, denominators)
+        return parts(self, batch, denominators)
 
-    monkeypatch.setattr(Objective, "__call__", observed)
+    monkeypatch.setattr(Objective, "parts", observed)
     trainer.train()
     assert sorted(ratios) == list(range(6))
     for step, found in ratios.items():
@@ -71,7 +77,9 @@ def test_first_ratio_is_one_and_the_engine_agrees(tmp_path: Path, monkeypatch: p
 
 def test_a_correction_that_masks_everything_leaves_no_gradient(tmp_path: Path) -> None:
     kept = Gradients()
-    trainer = vllm_trainer(tmp_path, vllm_importance_sampling_clip_max=0.5, callbacks=[kept])
+    settings = {"vllm_importance_sampling_clip_max": 0.5, "vllm_max_model_length": 24}
+    trainer = vllm_trainer(tmp_path, callbacks=[kept], **settings)
+    assert trainer.stream.sampler.engine.max_model_len == 24
     trainer.train()
     assert lines(trainer)[0]["sampling/frac_weights_bounded"] == 1
     assert all(not gradient.any() for gradient in kept.steps[0].values())

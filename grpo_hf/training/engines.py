@@ -40,7 +40,7 @@ def make_engine(
         if room < longest:
             raise ValueError(
                 f"vllm_max_model_length={args.vllm_max_model_length} leaves no room for the longest prompt of {longest} "
-                f"tokens and max_completion_length={args.max_completion_length}; leave it out, or set {longest - room} more"
+                f"tokens and max_completion_length={args.max_completion_length}; leave it out, or set {longest + args.max_completion_length}"
             )
         longest = room
     shared: dict[str, Any] = {
