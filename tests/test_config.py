@@ -319,6 +319,14 @@ ERRORS = {
         {"dynamic_sampling": True, "rollout_ahead": 1, "use_vllm": True, "vllm_mode": "server"},
         "rollout_ahead=1 asks for the next rollout before this one's rewards are known",
     ),
+    "half an engine": (
+        {"vllm_tensor_parallel_size": 2, "use_vllm": True},
+        "=2 processes share an engine, and 1 processes train: the second has to be a multiple of the first",
+    ),
+    "a server's own option": (
+        {"vllm_tensor_parallel_size": 2, "use_vllm": True, "vllm_mode": "server"},
+        "a server takes grpo-hf serve MODEL --tensor-parallel-size",
+    ),
     "curriculum ahead": (
         {"curriculum": "skip_solved", "rollout_ahead": 1, "use_vllm": True, "vllm_mode": "server"},
         "set rollout_ahead=0",

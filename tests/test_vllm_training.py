@@ -37,7 +37,7 @@ def vllm_trainer(folder: Path, **settings: Any) -> GRPOTrainer:
 
 def test_a_context_that_is_too_short_is_refused(tmp_path: Path) -> None:
     """The longest prompt has 5 tokens, and a completion may have 8."""
-    with pytest.raises(ValueError, match="vllm_max_model_length=12 leaves no room for the longest prompt of 5 .* set 13"):
+    with pytest.raises(ValueError, match=r"vllm_max_model_length=12 leaves no room for the longest prompt of 5 .* set 13"):
         vllm_trainer(tmp_path, vllm_max_model_length=12)
 
 
@@ -113,6 +113,11 @@ def test_two_processes_sample_and_train_as_one(tmp_path: Path) -> None:
     check_two_processes(tmp_path, "cpu_fsdp2_2proc")
 
 
+def test_two_processes_that_share_an_engine_sample_as_one(tmp_path: Path) -> None:
+    """Each holds half of its weights, samples the other's prompts too, and is given new weights after the first step."""
+    check_two_processes(tmp_path, vllm_tensor_parallel_size=2, max_steps=2)
+
+
 def test_the_recipe_that_make_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut down to two steps."""
     monkeypatch.chdir(Path(__file__).parents[1])
@@ -133,7 +138,7 @@ def check_two_processes(folder: Path, config: str = "cpu_2proc", **settings: Any
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]
     sampled = json.loads((folder / "0.json").read_text()) + json.loads((folder / "1.json").read_text())
-    alone, gradient = one_step(folder, 16, **settings)
+    alone, gradient = one_step(folder, 16, **(settings | {"vllm_tensor_parallel_size": 1}))
     assert sampled == alone
     assert relative_error(torch.load(folder / "0.pt"), gradient) < 1e-4
 
@@ -143,6 +148,10 @@ def one_step(folder: Path, batch: int, **settings: Any) -> tuple[list, dict[str,
     kept = Gradients()
     trainer = vllm_trainer(folder, callbacks=[kept], shuffle_dataset=False, per_device_train_batch_size=batch, **settings)
     trainer.train()
+    if (size := settings.get("vllm_tensor_parallel_size", 1)) > 1:
+        model = trainer.stream.sampler.engine.part.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        rows = [module.weight.shape[0] for name, module in model.named_modules() if name.endswith("embed_tokens")]
+        assert rows[0] * size < 2 * trainer.model.get_input_embeddings().weight.shape[0], "it holds its share of the weights"
     assert trainer.rollout is not None
     return [[item.ids for item in group.completions] for group in trainer.rollout.groups], kept.steps[0]
 

@@ -146,6 +146,7 @@ class GRPOConfig(TrainingArguments):
     vllm_structured_outputs_regex: str | None = option(None, "Sample only what matches this regular expression.")
     vllm_structured_outputs_json: dict | str | None = option(None, "Sample only JSON that this schema allows.")
     vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU's memory for vLLM.")
+    vllm_tensor_parallel_size: int = option(1, "Processes that share an engine, in process; a server has its own option.")
     vllm_max_model_length: int | None = option(
         None, "Context of vLLM in process; None: what the longest prompt and max_completion_length need."
     )

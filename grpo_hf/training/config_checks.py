@@ -74,7 +74,7 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda value: value >= 1,
         "num_generations num_generations_eval num_iterations max_completion_length tokens_per_microbatch "
         "dynamic_sampling_max_rounds skip_solved_after revisit_after ref_model_sync_steps "
-        "vllm_max_model_length",
+        "vllm_max_model_length vllm_tensor_parallel_size",
     ),
     "{} >= 2": (lambda value: value >= 2, "advantage_k"),
     "{} >= 0": (
@@ -157,6 +157,17 @@ def _check_engine(config: GRPOConfig) -> None:
     structured = config.vllm_structured_outputs_regex is not None or config.vllm_structured_outputs_json is not None
     if structured and not config.use_vllm:
         raise ValueError("vllm_structured_outputs_regex and vllm_structured_outputs_json need use_vllm=True")
+    parts = config.vllm_tensor_parallel_size
+    if parts > 1 and (not config.use_vllm or config.vllm_mode != "colocate"):
+        raise ValueError(
+            f"vllm_tensor_parallel_size={parts} is for vLLM in the training processes, so use_vllm=True and "
+            "vllm_mode='colocate'; a server takes grpo-hf serve MODEL --tensor-parallel-size"
+        )
+    if config.world_size % parts:
+        raise ValueError(
+            f"vllm_tensor_parallel_size={parts} processes share an engine, and {config.world_size} processes train: the "
+            "second has to be a multiple of the first"
+        )
     if not config.rollout_ahead:
         return
     if not config.use_vllm or config.vllm_mode != "server":

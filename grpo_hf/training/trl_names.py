@@ -10,8 +10,6 @@ TRL_ONLY: dict[str, str] = {
     "max_tool_calling_iterations": "completions are single-turn here",
     "log_completions_hub_repo": "upload <output_dir>/rollouts/*.parquet with the hub's own tools",
     "max_prompt_length": "use overlong_prompts='drop'; TRL has dropped this name too",
-    "vllm_tensor_parallel_size": "each process has an engine of its own; for a larger one: vllm_mode='server' and "
-    "grpo-hf serve --tensor-parallel-size",
     "vllm_importance_sampling_cap": "use vllm_importance_sampling_clip_max",
     **dict.fromkeys(
         "ds3_gather_for_generation cache_implementation use_transformers_continuous_batching use_transformers_paged "
@@ -21,7 +19,6 @@ TRL_ONLY: dict[str, str] = {
 }
 
 ASKS_FOR_NOTHING: dict[str, Any] = {
-    "vllm_tensor_parallel_size": 1,
     "ds3_gather_for_generation": True,
     "use_transformers_continuous_batching": False,
     "use_transformers_paged": False,
