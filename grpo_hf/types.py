@@ -147,6 +147,8 @@ class TokenBatch:
     """What each selection of the objective has said of the tokens when it saw all of the update's; constants."""
     log_ratio: Float[Tensor, " token"] | None = None
     """log(π_θ / π_old) by token, or by completion, repeated over its tokens; carries the gradient; set by the objective."""
+    ratio_of_completions: bool = False
+    """Which of the two ``log_ratio`` is; set by the objective."""
 
 
 def moved_to(carrier: Any, device: torch.device, non_blocking: bool = True) -> Any:

@@ -74,7 +74,7 @@ def clipped(
     bounded = ratio if delta is None else ratio.clamp(max=delta)
     losses = -torch.minimum(bounded * advantages, ratio.clamp(1 - epsilon, 1 + high) * advantages)
     below, above = (ratio < 1 - epsilon) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
-    return losses, _clip_ratios(below, above)
+    return losses, _of_ratios(_clip_ratios(below, above), batch)
 
 
 def cispo(batch: TokenBatch, *, epsilon_high: float | None = None) -> tuple[Tokens, Metrics]:
@@ -90,7 +90,7 @@ def cispo(batch: TokenBatch, *, epsilon_high: float | None = None) -> tuple[Toke
         )
     ratio = _ratio(batch).detach()
     losses = -ratio.clamp(max=epsilon_high) * batch.advantages * batch.logprobs
-    return losses, {"cispo_clip_ratio": ((ratio > epsilon_high) & (batch.advantages > 0)).float()}
+    return losses, _of_ratios({"cispo_clip_ratio": ((ratio > epsilon_high) & (batch.advantages > 0)).float()}, batch)
 
 
 def sapo(
@@ -224,6 +224,11 @@ def _clip_ratios(below: Tensor, above: Tensor) -> Metrics:
         "clip_ratio/high": above.float(),
         "clip_ratio/region": (below | above).float(),
     }
+
+
+def _of_ratios(metrics: Metrics, batch: TokenBatch) -> Metrics:
+    """Counted once a ratio: by token, or once a completion."""
+    return {name: once(values, batch) for name, values in metrics.items()} if batch.ratio_of_completions else metrics
 
 
 def _masked_policy_gradient(

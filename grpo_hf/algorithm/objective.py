@@ -14,7 +14,6 @@ from grpo_hf.algorithm.correction import chosen_by
 from grpo_hf.algorithm.kl import KL_ESTIMATORS, kl_to_reference, kl_to_teacher
 from grpo_hf.algorithm.losses import LEVELS, token_log_ratio
 from grpo_hf.algorithm.selection import mean_of_top_entropy, selections_of, top_entropy
-from grpo_hf.algorithm.sequences import once
 from grpo_hf.algorithm.trial import TRIAL_SCALES, gradient_of, one_token_each, trial_batch
 from grpo_hf.types import TokenBatch
 
@@ -44,14 +43,10 @@ class Term:
     """w [token], a value of AGGREGATIONS."""
     factors: tuple[Factor, ...] = ()
     """f [token] is their product; constants."""
-    by_completion: bool = False
-    """Whether its metrics are the same for all of a completion's tokens: then they are counted once a completion."""
 
     def __call__(self, batch: TokenBatch, denominators: Denominators) -> tuple[Float[Tensor, ""], Metrics]:
         """The batch's part of the term, and the metrics of its value and factors."""
         values, metrics = self.value(batch)
-        if self.by_completion:
-            metrics = {name: once(value, batch) for name, value in metrics.items()}
         weights = self.coefficient * self.aggregation(batch, denominators)
         for factor in self.factors:
             by_token, more = factor(batch)
@@ -86,7 +81,12 @@ class Objective:
 
     def prepared(self, batch: TokenBatch) -> TokenBatch:
         """As its terms see it; a batch for which nothing is selected yet is taken for the whole update."""
-        return replace(batch, log_ratio=self.level(batch), selected=batch.selected or self.select(batch))
+        return replace(
+            batch,
+            log_ratio=self.level(batch),
+            ratio_of_completions=self.level is not token_log_ratio,
+            selected=batch.selected or self.select(batch),
+        )
 
     def select(self, update: TokenBatch) -> dict[str, Tokens]:
         """What the selections say of the tokens of a whole update."""
@@ -150,7 +150,7 @@ def grpo_objective(
         for name, selection in {"top_entropy": top_entropy, "mean_of_top_entropy": mean_of_top_entropy}.items():
             selections[name] = partial(selection, top_entropy_quantile=top_entropy_quantile)
         factors, of_entropy = (*factors, partial(chosen_by, "top_entropy")), (partial(chosen_by, "mean_of_top_entropy"),)
-    terms = [Term("policy", loss, 1.0, weights, factors, by_completion=level == "sequence")]
+    terms = [Term("policy", loss, 1.0, weights, factors)]
     if beta:
         kl = partial(kl_to_reference, estimator=KL_ESTIMATORS[kl_estimator], bias_correction=kl_bias_correction)
         terms.append(Term("kl", kl, beta, weights))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.models import load_config, load_tokenizer
 
 
@@ -43,14 +43,15 @@ def tokenizer_of(name: str, **options: Any) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def load_teacher(teacher: str | PreTrainedModel | None, device: torch.device, **options: Any) -> PreTrainedModel | None:
+def load_teacher(teacher: str | PreTrainedModel | None, args: GRPOConfig) -> PreTrainedModel | None:
     """The teacher, frozen, on the device; one that is given by name in its own dtype."""
     if teacher is None:
         return None
-    model: Any = (
-        AutoModelForCausalLM.from_pretrained(teacher, dtype="auto", **options) if isinstance(teacher, str) else teacher
-    )
-    model.to(device)
+    model: Any = teacher
+    if isinstance(teacher, str):
+        options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
+        model = AutoModelForCausalLM.from_pretrained(teacher, **options)
+    model.to(args.device)
     return model.eval().requires_grad_(False)
 
 

@@ -104,7 +104,7 @@ class GRPOTrainer(Trainer):
         self._check = partial(
             checks.checked_prompts, args=args, scorer=self.scorer, tokenizer=tokenizer, config=load_config(model, **shared)
         )
-        check_vocabulary(teacher, tokenizer, **shared)
+        check_vocabulary(teacher, tokenizer, trust_remote_code=args.trust_remote_code)
         self.prompts = train = self._check(train_dataset, "train_dataset")
         checks.check_enough_prompts(train, args)
         self.eval_prompts = evals = self._checked_eval(eval_dataset)
@@ -143,7 +143,7 @@ class GRPOTrainer(Trainer):
                 reward.function.to(self.args.device)  # type: ignore[attr-defined]
         self.peers = Peers(self.args.process_index, self.args.world_size, lambda item: gather_object([item]))
         self.objective: Objective = args.objective(teacher=teacher is not None)
-        self.policy = self._make_policy(load_teacher(teacher, self.args.device, **shared))
+        self.policy = self._make_policy(load_teacher(teacher, args))
         self.plan = self._make_plan()
         self.stream = self._make_stream(tokenizer)
         self.rollout: Rollout | None = None
@@ -370,7 +370,9 @@ class GRPOTrainer(Trainer):
         return output
 
     def _describe(self) -> dict[str, Any]:
-        return checkpoints.describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
+        run = checkpoints.describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
+        teacher: Any = self.policy.teacher
+        return run if teacher is None else run | {"teacher": teacher.config._name_or_path}
 
     def _checkpoint_folder(self, trial: Any) -> Path:
         return Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
