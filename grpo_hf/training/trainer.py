@@ -243,7 +243,8 @@ class GRPOTrainer(Trainer):
     @property
     def reward_funcs(self) -> list[Any]:
         """The verifiers' functions, and the models among them, in their order."""
-        return [getattr(reward.function, "model", None) or reward.function for reward in self.rewards]
+        functions: list[Any] = [reward.function for reward in self.rewards]
+        return [item.model if hasattr(item, "processing_class") else item for item in functions]
 
     @property
     def reward_func_names(self) -> list[str]:
