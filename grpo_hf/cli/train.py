@@ -86,7 +86,9 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
             target_modules=run.lora_target_modules,
             task_type="CAUSAL_LM",
         )
-    return GRPOTrainer(model, list(rewards), config, train, held_out, tokenizer, peft_config=peft_config)
+    return GRPOTrainer(
+        model, list(rewards), config, train, held_out, tokenizer, peft_config=peft_config, teacher=run.teacher
+    )
 
 
 def load_data(run: RunArguments) -> tuple[Dataset, Dataset | None]:

@@ -86,7 +86,10 @@ class StepClock(TrainerCallback):
         self.phase.__exit__(None, None, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run's last steps are logged too, however many there are since the last line."""
         state.epoch = state.global_step / self.updates_per_epoch
+        if args.logging_strategy != "no" and (control.should_training_stop or state.global_step >= state.max_steps):
+            control.should_log = True
 
 
 class FiniteWeights(TrainerCallback):

@@ -212,7 +212,8 @@ FREE = (
     "torch_empty_cache_steps skip_memory_metrics vllm_server_base_url vllm_server_host vllm_server_port "
     "vllm_server_timeout vllm_group_port vllm_weights_folder vllm_gpu_memory_utilization vllm_enable_sleep_mode "
     "vllm_lora_sync reward_workers reward_concurrency dataloader_num_workers dataloader_pin_memory ddp_timeout "
-    "ddp_bucket_cap_mb ddp_backend debug local_rank accelerator_config ignore_data_skip"
+    "ddp_bucket_cap_mb ddp_backend debug local_rank accelerator_config ignore_data_skip log_unique_prompts log_multimodal "
+    "pad_to_multiple_of vllm_max_model_length"
 ).split()
 """Settings that change no number of a run, or only its evaluations."""
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo_hf.rollout.engine import Engine, Sampling
 from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.prompts import PromptSet
+from grpo_hf.rollout.shared_engine import SharedEngine
 from grpo_hf.rollout.transformers_engine import TransformersEngine
 from grpo_hf.rollout.vllm_engine import VLLMEngine
 from grpo_hf.rollout.vllm_server import VLLMServerEngine
@@ -34,9 +35,19 @@ def make_engine(
         return TransformersEngine(
             model, pad_token_id=tokenizer.pad_token_id, tokenizer=tokenizer, dtype=args.compute_dtype, together=sharded
         )
+    longest = max(len(ids) for part in prompts for ids in part.ids)
+    if args.vllm_max_model_length is not None:
+        room = args.vllm_max_model_length - args.max_completion_length
+        if room < longest:
+            needed = longest + args.max_completion_length
+            raise ValueError(
+                f"vllm_max_model_length={args.vllm_max_model_length} leaves no room for the longest prompt of {longest} "
+                f"tokens and max_completion_length={args.max_completion_length}; leave it out, or set {needed}"
+            )
+        longest = room
     shared: dict[str, Any] = {
         "sampling": sampling,
-        "max_prompt_length": max(len(ids) for part in prompts for ids in part.ids),
+        "max_prompt_length": longest,
         "dtype": args.compute_dtype,
         "lora_sync": args.vllm_lora_sync,
     }
@@ -50,14 +61,17 @@ def make_engine(
             peers=peers,
             **shared,
         )
-    return VLLMEngine(
+    parts = args.vllm_tensor_parallel_size
+    engine = VLLMEngine(
         model,
         tokenizer=tokenizer,
         num_processes=args.world_size,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         sleep_mode=args.vllm_enable_sleep_mode,
+        tensor_parallel_size=parts,
         **shared,
     )
+    return engine if parts == 1 else SharedEngine(engine, peers, parts)
 
 
 def make_sampling(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> Sampling:

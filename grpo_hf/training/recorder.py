@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_hf.algorithm.sequences import sequence_mean
+from grpo_hf.algorithm.sequences import counted_mean
 from grpo_hf.metrics import Metrics
 from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.record import num_padded_tokens, record_rollout, write_rollout
@@ -21,6 +21,9 @@ from grpo_hf.training.throughput import Throughput
 
 SPREAD = ("sampling/sampling_logp_difference", "sampling/importance_sampling_ratio")
 """Per-token values that are logged with their smallest and largest."""
+
+OF_THE_POLICY = {"policy", "kl"}
+"""The terms of the objective that TRL logs as policy_loss, where there is an entropy bonus too."""
 
 
 @dataclass
@@ -78,18 +81,20 @@ class Recorder:
         self.metrics.mean("tokens/max_over_mean", max(part["tokens"][0] for part in everyone) / means.pop("tokens"))
         if math.isfinite(means["loss"]):
             self.metrics.mean("loss", report.loss)
+            if report.parts.keys() - OF_THE_POLICY:
+                self.metrics.mean("policy_loss", sum(report.parts[name] for name in OF_THE_POLICY & report.parts.keys()))
             self._record_values(values)
             for batch, of_batch in zip(report.batches, report.metrics, strict=True):  # by completion
                 if (low := of_batch.get("clip_ratio/low")) is not None:
-                    self.metrics.minimum("clip_ratio/low_min", sequence_mean(low, batch).min().item())
+                    self.metrics.minimum("clip_ratio/low_min", counted_mean(low, batch).min().item())
                 if (high := of_batch.get("clip_ratio/high")) is not None:
-                    self.metrics.maximum("clip_ratio/high_max", sequence_mean(high, batch).max().item())
+                    self.metrics.maximum("clip_ratio/high_max", counted_mean(high, batch).max().item())
         return means
 
     def _record_values(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             spread = name in SPREAD
-            suffix = "_mean" if name.startswith("clip_ratio/") else "/mean" if spread else ""
+            suffix = "_mean" if name.startswith(("clip_ratio/", "vespo/")) else "/mean" if spread else ""
             self.metrics.mean(name + suffix, value.sum(), len(value))
             if spread and len(value):
                 self.metrics.minimum(f"{name}/min", value.min().item())

@@ -29,8 +29,9 @@ from transformers.utils import logging
 from grpo_hf.algorithm.objective import Objective
 from grpo_hf.evaluation import evaluate_prompts
 from grpo_hf.metrics import Metrics
-from grpo_hf.packing.choose import choose_layout, disable_dropout
+from grpo_hf.packing.choose import choose_layout
 from grpo_hf.packing.layout import default_budget
+from grpo_hf.packing.logprobs import cast_head_to_fp32
 from grpo_hf.packing.tree import common_length
 from grpo_hf.rewards import RewardSpec, Scorer
 from grpo_hf.rewards.faults import merged, stop_if_faulty
@@ -57,7 +58,10 @@ from grpo_hf.training.models import (
 )
 from grpo_hf.training.policy import Policy, with_logprobs
 from grpo_hf.training.recorder import Recorder, put_back
+from grpo_hf.training.tables import log_table, sample_rows
+from grpo_hf.training.teacher import check_vocabulary, load_teacher, rewards_beside
 from grpo_hf.training.throughput import Throughput
+from grpo_hf.types import Group
 
 logger = logging.get_logger(__name__)
 
@@ -67,8 +71,9 @@ class GRPOTrainer(Trainer):
 
     The constructor is TRL's. `model` is a name, a path or a causal LM; `reward_funcs` one or several of: a registered
     name, `package.module:function`, `path/file.py:function`, a function, a sequence-classification model. `train_dataset`
-    needs a column "prompt" (strings or chat messages); verifiers take the other columns by name. Raises ValueError for bad
-    input before any weights load.
+    needs a column "prompt" (strings or chat messages); verifiers take the other columns by name. With a `teacher`, a name, a
+    path or a causal LM with the same vocabulary, the reverse KL to it is part of the loss (`teacher_coef`); without
+    reward_funcs it is all of it. Raises ValueError for bad input before any weights load.
     """
 
     args: GRPOConfig  # type: ignore[assignment]
@@ -89,6 +94,7 @@ class GRPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        teacher: str | PreTrainedModel | None = None,
         **unsupported: Any,
     ):
         checks.refuse_arguments(unsupported)
@@ -102,6 +108,7 @@ class GRPOTrainer(Trainer):
         if args.use_vllm and args.vllm_mode == "colocate":
             installed_vllm()
         self.metrics = Metrics()
+        reward_funcs = rewards_beside(teacher, reward_funcs)
         self.rewards, self.reward_weights = checks.checked_rewards(reward_funcs, args, reward_processing_classes)
         self.scorer = Scorer(self.rewards, self.reward_weights, args.reward_settings())
         if quantization_config is not None:
@@ -111,14 +118,18 @@ class GRPOTrainer(Trainer):
         config = load_config(model, **shared)
         check_router(config, **init)
         self._check = partial(checks.checked_prompts, args=args, scorer=self.scorer, tokenizer=tokenizer, config=config)
+        check_vocabulary(teacher, tokenizer, trust_remote_code=args.trust_remote_code)
         self.prompts = train = self._check(train_dataset, "train_dataset")
         checks.check_enough_prompts(train, args)
         self.eval_prompts = evals = self._checked_eval(eval_dataset)
+        checks.check_best_metric(args, self.rewards, list(evals))
 
         set_seed(args.seed)  # adapter weights are random
         lm = load_model(model, **init) if isinstance(model, str) else model
         make_savable(causal_lm(lm))
         keep_gradients(lm)
+        if args.cast_lm_head_to_fp32:
+            cast_head_to_fp32(causal_lm(lm))
         lm, reference_adapter = adapters.with_adapter(lm, peft_config, needs_reference=args.beta > 0)
         if args.disable_dropout:
             disable_dropout(lm)
@@ -140,6 +151,7 @@ class GRPOTrainer(Trainer):
             ],
             optimizers=optimizers,
         )
+        self.eval_dataset = eval_dataset
         self.loss_is_scaled_for_ga = True
         self._skips_step = False
         self.compute_dtype: torch.dtype = args.compute_dtype or causal_lm(self.model).dtype
@@ -149,9 +161,9 @@ class GRPOTrainer(Trainer):
             if hasattr(reward.function, "processing_class"):  # a model
                 reward.function.to(self.args.device)  # type: ignore[attr-defined]
         self.peers = Peers(self.args.process_index, self.args.world_size, lambda item: gather_object([item]))
-        self.objective: Objective = args.objective()
+        self.objective: Objective = args.objective(teacher=teacher is not None)
         self._reference = adapters.digest_of(self.model, reference_adapter)
-        self.policy = self._make_policy(reference_adapter)
+        self.policy = self._make_policy(reference_adapter, load_teacher(teacher, args))
         self.plan = self._make_plan()
         self.stream = self._make_stream(tokenizer)
         self.rollout: Rollout | None = None
@@ -180,20 +192,18 @@ class GRPOTrainer(Trainer):
     def _checked_eval(self, evals: Any) -> dict[str, PromptSet]:
         """Held-out prompts by name; a single data set has the name ""."""
         named = evals if isinstance(evals, dict) else {} if evals is None else {"": evals}
-        return {name: self._check(table, f"eval_dataset {name}".strip()) for name, table in named.items()}
+        return {name: self._check(checks.in_memory(table), f"eval_dataset {name}".strip()) for name, table in named.items()}
 
-    def _make_policy(self, reference_adapter: str | None) -> Policy:
+    def _make_policy(self, reference_adapter: str | None, teacher: PreTrainedModel | None) -> Policy:
         args, longest = self.args, max(map(len, self.prompts.ids))
         if isinstance(self.model, PeftModel):
             if args.beta > 0:
                 adapters.check_reference_weights(self.model, self.prompts.ids[0], beta=args.beta, adapter=reference_adapter)
             adapters.check_trained(self.model, self.prompts.ids[0])
-        layout = choose_layout(
-            causal_lm(self.model),
-            [self.prompts.ids[0], self.prompts.ids[-1]],
-            args.token_layout,
-            training=args.disable_dropout,
-        )
+        to_try = [self.prompts.ids[0], self.prompts.ids[-1]]
+        layout = choose_layout(causal_lm(self.model), to_try, args.token_layout, training=args.disable_dropout)
+        if teacher is not None:
+            choose_layout(teacher, to_try, layout)
         budget = args.tokens_per_microbatch or default_budget(
             args.device,
             longest_prompt=longest,
@@ -212,6 +222,8 @@ class GRPOTrainer(Trainer):
             reference=copy.deepcopy(self.model).eval().requires_grad_(False) if own_reference else None,
             reference_adapter=reference_adapter,
             needs_reference=args.beta > 0,
+            teacher=teacher,
+            entropy_control=args.entropy_control(),
             sharded=is_sharded(self.accelerator),
             peers=self.peers,
         )
@@ -254,6 +266,22 @@ class GRPOTrainer(Trainer):
         )
 
     @property
+    def reward_funcs(self) -> list[Any]:
+        """The verifiers' functions, and the models among them, in their order."""
+        functions: list[Any] = [reward.function for reward in self.rewards]
+        return [item.model if hasattr(item, "processing_class") else item for item in functions]
+
+    @property
+    def reward_func_names(self) -> list[str]:
+        """Their names, as in the metrics."""
+        return [reward.name for reward in self.rewards]
+
+    @property
+    def reward_processing_classes(self) -> list[Any]:
+        """The tokenizers of those that are models; None for the others."""
+        return [getattr(reward.function, "processing_class", None) for reward in self.rewards]
+
+    @property
     def ref_model(self) -> nn.Module | None:
         """The reference model; None without one, and with an adapter, where it is the model with another one or none."""
         return self.policy.reference
@@ -279,11 +307,18 @@ class GRPOTrainer(Trainer):
         if args.use_vllm:
             self.metrics.mean("sampling/staleness", step - rollout.version)
         since_log = step % max(1, int(self.state.logging_steps or 1))
-        if args.log_completions and self.peers.rank == 0 and since_log < args.steps_per_rollout:
-            own_callbacks.print_samples(rollout.groups, step + 1, args.num_completions_to_print or 4)
+        if args.log_completions and since_log < args.steps_per_rollout:
+            self._show(rollout.groups, step + 1)
+        checks.warn_without_reward(rollout.sampled)
         stop_if_faulty(merged(self.peers.gather(rollout.tally)), self.scorer.settings)
         with self.metrics.phase("logprobs"):
             return replace(rollout, updates=self.policy.annotated(updates, step=step + 1))
+
+    def _show(self, groups: list[Group], step: int) -> None:
+        rows = [row for part in self.peers.gather(sample_rows(groups, step)) for row in part]
+        if self.peers.rank == 0:
+            own_callbacks.print_samples(groups, step, self.args.num_completions_to_print or 4)
+            log_table(rows, self.args.report_to or (), unique_prompts=self.args.log_unique_prompts)
 
     # ---- The update
 
@@ -299,6 +334,9 @@ class GRPOTrainer(Trainer):
             update.samples = with_logprobs(update.samples, old_logprobs=report.logprobs)  # for its later passes
         self.current_flos += self.recorder.throughput.add(report.batches)
         means = self.recorder.step(report)
+        self.policy.adapt(means.get("entropy", math.nan))
+        if self.policy.entropy_coef is not None:
+            self.metrics.mean("entropy_coef", self.policy.entropy_coef)
         if (rollout := self.rollout) is not None:
             means["sampling/staleness"] = rollout.index * self.args.steps_per_rollout - rollout.version
         explain = partial(checks.why_not_finite, self.model, self.args, report)
@@ -359,6 +397,9 @@ class GRPOTrainer(Trainer):
 
     def _describe(self) -> dict[str, Any]:
         run = checkpoints.describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
+        teacher: Any = self.policy.teacher
+        if teacher is not None:
+            run["teacher"] = teacher.config._name_or_path
         return run | {"reference adapter": self._reference}
 
     def _checkpoint_folder(self, trial: Any) -> Path:
