@@ -29,7 +29,7 @@ from transformers.utils import logging
 from grpo_hf.algorithm.objective import Objective
 from grpo_hf.evaluation import evaluate_prompts
 from grpo_hf.metrics import Metrics
-from grpo_hf.packing.choose import choose_layout
+from grpo_hf.packing.choose import choose_layout, disable_dropout
 from grpo_hf.packing.layout import default_budget
 from grpo_hf.packing.logprobs import cast_head_to_fp32
 from grpo_hf.packing.tree import common_length
