@@ -10,16 +10,8 @@ from typing import Any
 
 import pytest
 
-from grpo_hf.training.checkpoints import (
-    FREE,
-    MANIFEST,
-    SAID,
-    check_same_run,
-    damage,
-    newest_checkpoint,
-    resume_point,
-    run_of,
-)
+from grpo_hf.training.checkpoints import MANIFEST, damage, newest_checkpoint, resume_point, run_of
+from grpo_hf.training.same_run import FREE, PROCESSES, SAID, Changes, check_same_run
 from tests.runs import StopAfter, logs, timeless
 from tests.tiny import tiny_trainer
 
@@ -109,10 +101,12 @@ def test_another_run_is_refused_before_it_starts(saved: Path, change: dict[str, 
     assert trainer.state.global_step == 0
 
 
-def test_another_number_of_processes_is_refused_with_how_to_start_as_many(saved: Path) -> None:
-    written = run_of(saved / "checkpoint-4")
-    with pytest.raises(ValueError, match=r"number of processes 2 -> 1; start it with .*--num_processes 2\..*a new run"):
-        check_same_run(written | {"number of processes": 2}, written, "it")
+def test_another_number_of_processes_is_said_and_under_deepspeed_refused(saved: Path) -> None:
+    run = run_of(saved / "checkpoint-4")
+    changes = check_same_run(run | {PROCESSES: 2}, run, "it")
+    assert "number of processes 2 -> 1. Sums over processes" in changes.said and changes.sampling
+    with pytest.raises(ValueError, match="another run: under DeepSpeed number of processes 2 -> 1"):
+        check_same_run(run | {PROCESSES: 2, "DeepSpeed": True}, run | {"DeepSpeed": True}, "it")
 
 
 def test_what_is_changed_on_purpose_is_said(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -125,10 +119,10 @@ def test_what_is_changed_on_purpose_is_said(saved: Path, tmp_path: Path, caplog:
 def test_every_other_setting_is_compared(saved: Path) -> None:
     run = run_of(saved / "checkpoint-4")
     assert not set(run) & set(FREE)
-    assert check_same_run(run, dict(run), "it") is None
+    assert check_same_run(run, dict(run), "it") == Changes()
     for name in run:
         if name in SAID:
-            assert name in str(check_same_run(run, run | {name: "other"}, "it"))
+            assert name in check_same_run(run, run | {name: "other"}, "it").said
         else:
             with pytest.raises(ValueError, match=f"another run: {name} "):
                 check_same_run(run, run | {name: "other"}, "it")

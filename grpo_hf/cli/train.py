@@ -23,6 +23,7 @@ from grpo_hf.rollout.prompts import checked_dataset
 from grpo_hf.training.checkpoints import resume_point
 from grpo_hf.training.checks import checked_rewards
 from grpo_hf.training.config import GRPOConfig
+from grpo_hf.training.folder import check_writable
 from grpo_hf.training.trainer import GRPOTrainer
 
 
@@ -73,6 +74,7 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
     check_columns(rewards, checked_dataset(train, "train_dataset").column_names, "train_dataset")
     if run.headline not in (None, *(known := [reward.name for reward in rewards])):
         raise ValueError(f"headline={run.headline!r} is none of the rewards, which are {', '.join(known)}")
+    check_writable(Path(str(config.output_dir)))
     model: Any = run.model_name_or_path
     tokenizer = None
     if run.model_function is not None:
