@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from grpo_hf.cli.train import main
+from grpo_hf.training.stopping import RunStopped
 from tests.killed_run import metrics, samples
 from tests.launched import launched, logged, write_recipe
 from tests.runs import same
@@ -45,6 +46,25 @@ def test_a_run_that_loses_a_process_goes_on(
     assert repr(metrics(killed)) == repr(metrics(whole))
     assert samples(killed) == samples(whole)
     assert same(final_weights(killed), final_weights(whole))
+
+
+def test_processes_stop_together_and_another_number_goes_on(tmp_path: Path) -> None:
+    """In the middle of a rollout, whose updates are shared anew; from two processes to one and from one to two."""
+    alone, two, one = (tmp_path / name for name in ("alone", "two", "one"))
+    sizes = {"one": {"per_device_train_batch_size": 16}, "two": {"per_device_train_batch_size": 8}}
+    settings = SAVING | {"beta": 0.1}
+    main([str(write_recipe(alone, **settings, **sizes["one"]))])
+    stop = {"dies": {"rank": 1, "forward": 3, "how": "SIGTERM"}}
+    with pytest.raises(RuntimeError, match=f"stopped after step 3: go on from {two / 'checkpoint-3'}"):
+        launched(two, "cpu_2proc", **settings, **sizes["two"], model_options=stop)
+    main([str(write_recipe(two, **settings, **sizes["one"], resume_from_checkpoint="auto"))])
+    with pytest.raises(RunStopped):
+        main([str(write_recipe(one, **settings, **sizes["one"], model_options={"dies": stop["dies"] | {"rank": 0}}))])
+    (said,) = launched(one, "cpu_2proc", **settings, **sizes["two"], resume_from_checkpoint="auto")
+    assert "number of processes 1 -> 2. Sums over processes are taken in another order" in said
+    for folder in (two, one):
+        assert logged(folder, "loss") == pytest.approx(logged(alone, "loss"), rel=1e-4)
+        assert logged(folder, "kl") == pytest.approx(logged(alone, "kl"), rel=1e-3)
 
 
 def death(how: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text())
         return 0 if arguments else 2
     run, config = parse(arguments)
-    run_recipe(run, config)
+    try:
+        run_recipe(run, config)
+    except KeyboardInterrupt:  # while a run trains, see GRPOTrainer.train
+        print(
+            "stopped outside of training; a run that has begun goes on with --resume_from_checkpoint auto", file=sys.stderr
+        )
+        return 128 + signal.SIGINT
     # gloo's threads abort a process that ends before they do: let go of the wrapped model, then of the process group. vLLM
     # in this process does the latter itself, with its engine.
     gc.collect()

@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from grpo_hf.rewards import Reward
 
-LOOKED_AT = 64
-"""Values of a tensor that its digest is made of, spread evenly over it: other weights differ nearly everywhere."""
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of as many bytes: their sum is exact, in whatever order and on whatever device it is taken."""
 
 
 def digest(value: Any) -> str:
@@ -38,8 +38,8 @@ def digest_of_code(function: Any) -> str:
 
 
 def digest_of_weights(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Of parameters: their names, shapes, and some of their values."""
-    return digest([[name, list(values.shape), _sample(values)] for name, values in named])
+    """Of parameters: their names and shapes, and sums over their bits."""
+    return digest([[name, list(values.shape), _sums(values)] for name, values in named])
 
 
 def digest_of_columns(table: Any, rows: Iterable[int], columns: Iterable[str]) -> str | None:
@@ -55,11 +55,11 @@ def digest_of_columns(table: Any, rows: Iterable[int], columns: Iterable[str]) -
 
 
 @torch.no_grad()
-def _sample(values: Tensor) -> list[float] | None:
+def _sums(values: Tensor) -> list[int] | None:
     if isinstance(values, DTensor) or hasattr(values, "ds_shape"):  # a process has a part of it
         return None
-    flat = values.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // LOOKED_AT)].double().tolist()
+    bits = values.detach().contiguous().view(-1).view(BITS[values.element_size()])
+    return [int(part.sum(dtype=torch.int64)) for part in (bits, bits[::2], bits[::3])]
 
 
 def _described(thing: Any, seen: set[int]) -> Any:
@@ -148,7 +148,7 @@ def _syntax(thing: Any) -> str | None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-                node.body[:1] = [ast.Pass()]
+                node.body = node.body[1:] or [ast.Pass()]
     return ast.dump(tree)
 
 
