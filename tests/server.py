@@ -21,6 +21,8 @@ from grpo_hf.rollout.vllm_server import VLLMServerEngine
 from tests.tiny_models import tiny_tokenizer
 from tests.tiny_vllm import SAMPLING, vllm_model
 
+KEY = "a-key-that-nothing-else-holds"
+
 
 class Server:
     """`grpo-hf serve` of a model whose weights are not the trainer's."""
