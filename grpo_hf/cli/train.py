@@ -25,6 +25,7 @@ from grpo_hf.training.checkpoints import resume_point
 from grpo_hf.training.checks import checked_rewards
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.folder import check_writable
+from grpo_hf.training.stopping import RunStopped
 from grpo_hf.training.trainer import GRPOTrainer
 
 
@@ -35,8 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text())
         return 0 if arguments else 2
     run, config = parse(arguments)
+    status = 0
     try:
         run_recipe(run, config)
+    except RunStopped as stopped:
+        status = int(str(stopped.code))
     except KeyboardInterrupt:  # while a run trains, see GRPOTrainer.train
         print(
             "stopped outside of training; a run that has begun goes on with --resume_from_checkpoint auto", file=sys.stderr
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.collect()
     if PartialState().num_processes > 1 and not (config.use_vllm and config.vllm_mode == "colocate"):
         PartialState().destroy_process_group()
-    return 0
+    return status
 
 
 def run_recipe(run: RunArguments, config: GRPOConfig) -> None:
@@ -155,6 +159,6 @@ def first_value(folder: Path, name: str) -> float | None:
     path = folder / "metrics.jsonl"
     if path.is_file():
         for line in path.read_text().splitlines():
-            if line.endswith("}") and name in (entry := json.loads(line)):
+            if line.endswith("}") and (entry := json.loads(line)).get(name) is not None:
                 return entry[name]
     return None

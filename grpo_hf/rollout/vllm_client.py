@@ -102,8 +102,8 @@ class VLLMClient:
             raise ServerLostError(f"{self.base_url}{path}: {error!r}") from error
         if response.status_code == 401:
             raise ServerKeyError(
-                f"the vLLM server at {self.base_url} asks for a key, which the environment variable {KEY} does not hold here; "
-                "set it to the one that the server was started with"
+                f"the vLLM server at {self.base_url} asks for a key, which the environment variable {KEY} does not hold "
+                "here; set it to the one that the server was started with"
             )
         if response.status_code >= 500:
             raise ServerLostError(f"{self.base_url}{path} answered {response.status_code}: {response.text[:1000]}")
