@@ -85,7 +85,7 @@ class Server:
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """Of a trainer that samples here."""
-        return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": self.url, "vllm_server_timeout": 120} | more
+        return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": self.url, "vllm_server_timeout": 300} | more
 
 
 def engine_of(server: Server, model: nn.Module, sampling: Sampling = SAMPLING, **options: Any) -> VLLMServerEngine:

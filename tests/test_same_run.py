@@ -100,13 +100,31 @@ def other_base() -> Any:
     return model
 
 
+def loss_of(source: str) -> Callable[..., Any]:
+    return made_of(f"def reward(batch): return {source} * batch.advantages, {{}}")
+
+
 BASE: dict[str, Any] = {"reward": exact, "dataset": ROWS}
 # what the run is, what the one that resumes has otherwise, what is said of it
 OTHER_RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "gold answers": ({}, {"dataset": [row | {"answer": "w9"} for row in ROWS]}, "columns that verifiers read"),
+    "code of a reward": (
+        {"reward": made_of(SOURCE)},
+        {"reward": partial(made_of(SOURCE), scale=2)},
+        "code and options of the rewards.reward ",
+    ),
+    "code of a loss": (
+        {"loss_type": loss_of("-batch.logprobs")},
+        {"loss_type": loss_of("-2 * batch.logprobs")},
+        "code of the user's own functions",
+    ),
     "base weights under LoRA": ({"peft_config": lora}, {"model": other_base}, "frozen weights"),
     "reference weights": ({"beta": 0.1}, {"model": other_base}, "weights of the reference"),
-    "lora_alpha": ({"peft_config": lora}, {"peft_config": partial(lora, lora_alpha=16)}, "adapters .*'lora_alpha': 16"),
+    "lora_alpha": (
+        {"peft_config": lora},
+        {"peft_config": partial(lora, lora_alpha=16)},
+        r"adapters\.default\.lora_alpha 8 -> 16\. Set",
+    ),
     "lora_dropout": ({"peft_config": lora}, {"peft_config": partial(lora, lora_dropout=0.1)}, "adapters"),
     "rslora": ({"peft_config": lora}, {"peft_config": partial(lora, use_rslora=True)}, "adapters"),
 }

@@ -48,9 +48,8 @@ def digest_of_columns(table: Any, rows: Iterable[int], columns: Iterable[str]) -
     if not known:
         return None
     state = hashlib.blake2b(digest_size=16)
-    chosen = table.select_columns(known)
-    for row in rows:
-        state.update(json.dumps(chosen[row], default=str, sort_keys=True).encode())
+    for some in table.select_columns(known).select(list(rows)).iter(batch_size=1000):
+        state.update(json.dumps(some, default=str, sort_keys=True).encode())
     return state.hexdigest()
 
 

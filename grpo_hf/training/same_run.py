@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from grpo_hf.rewards import Reward
+from grpo_hf.rewards.loading import choose
 from grpo_hf.rollout.prompts import PromptSet
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.fingerprint import digest, digest_of_code, digest_of_columns, digest_of_weights
@@ -96,6 +97,7 @@ def describe_run(
         "DeepSpeed": args.deepspeed_plugin is not None,
         "training prompts": digest([prompts.ids]),
         "columns that verifiers read": [asked, digest_of_columns(prompts.dataset, prompts.kept, asked) if asked else None],
+        "code of the user's own functions": _own_code(args),
         "rewards": [reward.name for reward in rewards],
         "code and options of the rewards": {reward.name: digest_of_code(reward) for reward in rewards},
         "weights of the rewards": weights,
@@ -111,7 +113,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str, 
     """What was changed on purpose; ValueError for a change that makes it another run, or that has to wait for a new rollout
     where the checkpoint is ``within`` one."""
     changes = {
-        name: f"{name} {saved.get(name)!r} -> {now.get(name)!r}"
+        name: ", ".join(_differences(name, saved.get(name), now.get(name)))
         for name in sorted(saved.keys() | now.keys())
         if saved.get(name) != now.get(name)
     }
@@ -137,6 +139,21 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str, 
         said += ". Sums over processes are taken in another order: numbers go on equal up to rounding, not to the last bit"
         said += "; with dynamic_sampling other prompts are drawn"
     return Changes(frozenset(changes), said)
+
+
+def _differences(name: str, saved: Any, now: Any) -> list[str]:
+    """What to say of two values that differ; of two dicts, of the keys that do."""
+    if not (isinstance(saved, dict) and isinstance(now, dict)):
+        return [f"{name} {saved!r} -> {now!r}"]
+    changed = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
+    return [text for key in changed for text in _differences(f"{name}.{key}", saved.get(key), now.get(key))]
+
+
+def _own_code(args: GRPOConfig) -> dict[str, str]:
+    """Of loss, advantages and curriculum, where they are functions of the user's and no names of ours."""
+    chosen = {name: getattr(args, name) for name in ("loss_type", "advantage", "curriculum")}
+    own = {name: value for name, value in chosen.items() if callable(value) or ":" in str(value)}
+    return {name: digest_of_code(choose(name, value, {})) for name, value in own.items()}
 
 
 def _columns(reward: Reward, prompts: PromptSet) -> list[str]:
