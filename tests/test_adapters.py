@@ -91,7 +91,7 @@ def test_a_run_with_a_reference_goes_on_where_it_was_stopped(tmp_path: Path) -> 
     resumed.train(resume_from_checkpoint=True)
     assert same(weights(resumed.model), weights(whole.model))
     assert values(resumed, "kl")[-1] == values(whole, "kl")[-1] > 0
-    with pytest.raises(ValueError, match=r"is of another run: reference adapter '\w+' -> '\w+'\. Set these as they were"):
+    with pytest.raises(ValueError, match=r"is of another run: frozen weights '\w+' -> '\w+'\. Set these as they were"):
         tiny_trainer(tmp_path / "cut", model=resumed.model, **options).train(resume_from_checkpoint=True)
 
 

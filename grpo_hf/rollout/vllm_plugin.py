@@ -1,14 +1,19 @@
-"""What grpo_hf adds to a vLLM server: weights from a file that both sides see, and log-probs with temperature and filters.
+"""What grpo_hf adds to a vLLM server: weights from a file that both sides see, log-probs with temperature and filters, and a
+key for all routes.
 
 vLLM finds `register` through its plugin entry point in each of its processes, wherever grpo_hf is installed.
 """
 
 from __future__ import annotations
 
+import hmac
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from grpo_hf.rollout.vllm_client import KEY
 
 FILE_BACKEND = "grpo_hf_file"
 """The weight transfer backend for machines without NCCL: vLLM's own all need CUDA."""
@@ -82,6 +87,28 @@ class WorkerExtension:
         divide_logits(self.model_runner.get_model(), float(divisor))
 
 
+class KeyOnEveryRoute:
+    """ASGI middleware: without the server's key a request is answered 401, but for whether the server lives.
+
+    vLLM's own looks at the routes of its public interface alone, not at those that take weights.
+    """
+
+    def __init__(self, app: Any):
+        self.app, self.key = app, f"Bearer {os.environ[KEY]}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Hand it on, or refuse it."""
+        given = dict(scope.get("headers", ())).get(b"authorization", b"")
+        is_request = scope["type"] in ("http", "websocket")
+        if not is_request or scope["path"] == "/health" or hmac.compare_digest(given, self.key):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await send({"type": "http.response.start", "status": 401, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"the key is missing or wrong"})
+
+
 def refresh_tied_head(model: Any) -> None:
     """On the CPU a head that shares the embeddings' weight multiplies with a packed copy, which a reload leaves stale."""
     head: Any = getattr(model, "lm_head", None)
@@ -108,6 +135,8 @@ def divide_logits(model: Any, divisor: float) -> None:
     """Make every log-prob and sample that of logits / divisor; the model's own scale of them stays in."""
     processor: Any = getattr(model, "logits_processor", None)
     if not hasattr(processor, "scale"):
+        if divisor == 1:
+            return
         raise ValueError(
             "top_p, top_k, min_p and repetition_penalty need log-probs before them, and vLLM's form of this model gives no "
             "access to its logits; leave them unset, or set use_vllm=False"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -105,17 +104,6 @@ def _add_reference(model: PeftModel) -> str | None:
         if f".{REFERENCE}" in name:
             parameter.requires_grad_(False)
     return REFERENCE
-
-
-def digest_of(model: Any, adapter: str | None) -> str | None:
-    """Of an adapter's weights, to tell whether a run that resumes has the reference that it had."""
-    if adapter is None:
-        return None
-    weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(weights):
-        digest.update(weights[name].detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _changes_nothing(weights: dict[str, Tensor]) -> bool:

@@ -130,7 +130,11 @@ class GRPOConfig(TrainingArguments):
     # vLLM
     use_vllm: bool = option(False, "Sample with vLLM instead of transformers.")
     vllm_mode: str = option("colocate", "Where vLLM runs: 'colocate', in each training process, or 'server'.")
-    vllm_server_base_url: str | None = option(None, "The server's address; None: http://vllm_server_host:vllm_server_port.")
+    vllm_server_base_url: str | None = option(
+        None,
+        "The server's address; None: http://vllm_server_host:vllm_server_port. Its key is read from the environment "
+        "variable VLLM_API_KEY alone.",
+    )
     vllm_server_host: str = option("0.0.0.0", "The server's host.")
     vllm_server_port: int = option(8000, "The server's port.")
     vllm_server_timeout: float = option(240.0, "Seconds that the server may stay away, at the start and later.")

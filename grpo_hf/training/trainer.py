@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -23,7 +24,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from grpo_hf.algorithm.objective import Objective
@@ -45,7 +46,9 @@ from grpo_hf.training import adapters, checkpoints, checks
 from grpo_hf.training import callbacks as own_callbacks
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import make_engine, make_sampling
-from grpo_hf.training.guards import GuardError, Guards, Seen
+from grpo_hf.training.fingerprint import digest_of_weights
+from grpo_hf.training.folder import RunFolder, check_writable
+from grpo_hf.training.guards import REWARD_WINDOW, GuardError, Guards, Seen
 from grpo_hf.training.models import (
     causal_lm,
     check_router,
@@ -57,7 +60,10 @@ from grpo_hf.training.models import (
     make_savable,
 )
 from grpo_hf.training.policy import Policy, with_logprobs
-from grpo_hf.training.recorder import Recorder, put_back
+from grpo_hf.training.recorder import Recorder
+from grpo_hf.training.same_run import Changes, check_same_run, describe_run
+from grpo_hf.training.schedule import apply_settings, settings_of
+from grpo_hf.training.stopping import RunStopped, StopRequest
 from grpo_hf.training.tables import log_table, sample_rows
 from grpo_hf.training.teacher import check_vocabulary, load_teacher, rewards_beside
 from grpo_hf.training.throughput import Throughput
@@ -123,18 +129,16 @@ class GRPOTrainer(Trainer):
         checks.check_enough_prompts(train, args)
         self.eval_prompts = evals = self._checked_eval(eval_dataset)
         checks.check_best_metric(args, self.rewards, list(evals))
+        check_writable(Path(str(args.output_dir)))
 
         set_seed(args.seed)  # adapter weights are random
-        lm = load_model(model, **init) if isinstance(model, str) else model
-        make_savable(causal_lm(lm))
-        keep_gradients(lm)
-        if args.cast_lm_head_to_fp32:
-            cast_head_to_fp32(causal_lm(lm))
-        lm, reference_adapter = adapters.with_adapter(lm, peft_config, needs_reference=args.beta > 0)
-        if args.disable_dropout:
-            disable_dropout(lm)
+        lm, reference_adapter = trainable(model, args, peft_config, **init)
         args.ignore_data_skip = True  # skipping would sample; rollouts find their own place
         self.guards = Guards(args.chosen_guards(), self.metrics)
+        self.peers = Peers(args.process_index, args.world_size, lambda item: gather_object([item]))
+        self.folder = RunFolder(Path(str(args.output_dir)), self.peers)
+        self.run = describe_run(args, train, self.rewards, self.reward_weights, lm)
+        """What makes it this run; taken before anything has changed it."""
         super().__init__(
             model=lm,
             args=args,
@@ -144,7 +148,7 @@ class GRPOTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=[
                 own_callbacks.FiniteWeights(self.guards),
-                own_callbacks.MetricsFile(),
+                own_callbacks.MetricsFile(self.folder),
                 *([own_callbacks.Profile(args.profile)] if args.profile else []),
                 *(callbacks or []),
                 *([own_callbacks.Report()] if args.write_report else []),
@@ -160,20 +164,22 @@ class GRPOTrainer(Trainer):
         for reward in self.rewards:
             if hasattr(reward.function, "processing_class"):  # a model
                 reward.function.to(self.args.device)  # type: ignore[attr-defined]
-        self.peers = Peers(self.args.process_index, self.args.world_size, lambda item: gather_object([item]))
         self.objective: Objective = args.objective(teacher=teacher is not None)
-        self._reference = adapters.digest_of(self.model, reference_adapter)
         self.policy = self._make_policy(reference_adapter, load_teacher(teacher, args))
+        if self.policy.teacher is not None:
+            self.run["weights of the teacher"] = digest_of_weights(self.policy.teacher.named_parameters())
         self.plan = self._make_plan()
         self.stream = self._make_stream(tokenizer)
         self.rollout: Rollout | None = None
         """The one that is trained on."""
         self.recorder = Recorder(
-            self.metrics, Path(str(args.output_dir)), self.peers, Throughput(causal_lm(self.model)), args.num_iterations
+            self.metrics, self.folder.path, self.peers, Throughput(causal_lm(self.model)), args.num_iterations
         )
+        self.stop = StopRequest(self.peers)
+        self._changes = Changes()
         moving = {"reference": self.policy.reference} if args.sync_ref_model and self.policy.reference is not None else {}
         parts: dict[str, checkpoints.Stateful] = {"stream": self.stream, "policy": self.policy, "recorder": self.recorder}
-        self.checkpoints = checkpoints.Checkpoints(parts, moving, self.peers, self.metrics)
+        self.checkpoints = checkpoints.Checkpoints(parts, moving, self.peers, self.metrics, self.prompts)
         self.add_callback(own_callbacks.StepClock(self.metrics, Updates(self).steps))
         for reference in moving.values():
             self.add_callback(own_callbacks.SyncReference(self.model, reference))
@@ -302,7 +308,6 @@ class GRPOTrainer(Trainer):
         ahead = args.rollout_ahead > 0 and step + args.steps_per_rollout < self.state.max_steps
         rollout = self.stream.make(index, version=step, ahead=ahead, trainer_state=self.state)
         updates = self.plan.updates(rollout.groups, rollout.version, self.peers)
-        self.recorder.claim_folder(step)
         self.state.num_input_tokens_seen += self.recorder.rollout(rollout, step=step + 1, save=args.save_rollouts)
         if args.use_vllm:
             self.metrics.mean("sampling/staleness", step - rollout.version)
@@ -369,19 +374,37 @@ class GRPOTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
-        """Trainer's; "auto" goes on from the newest whole checkpoint in output_dir, or starts anew."""
-        checkpoint = checkpoints.resume_point(resume_from_checkpoint, self.recorder.folder)
-        if checkpoint:
-            changed = checkpoints.check_same_run(checkpoints.run_of(checkpoint), self._describe(), str(checkpoint))
-            if changed:
-                logger.warning(changed)
-            if self.recorder.aside:  # by an evaluation before this
-                put_back(self.recorder.aside, self.recorder.folder)
+        """Trainer's; "auto" goes on from the newest whole checkpoint in output_dir, or starts anew.
+
+        Ctrl-C and SIGTERM stop it after the step, with a checkpoint, by RunStopped, which is a SystemExit.
+        """
+        with self.folder.lock(), self.stop.watched():
+            checkpoint = checkpoints.resume_point(resume_from_checkpoint, self.folder.path)
+            self.peers.gather(None)  # all have looked at the folder as it was
+            self._open_folder(checkpoint)
+            return self._train(checkpoint, trial, ignore_keys_for_eval)
+
+    def _open_folder(self, checkpoint: Path | None) -> None:
+        """Before a run begins, or goes on from a checkpoint, if it is one of this run."""
+        if checkpoint is None:
+            self._changes = Changes()
+            source = getattr(causal_lm(self.model).config, "_name_or_path", "")
+            return self.folder.begin(keep_model=bool(source) and Path(str(source)).resolve() == self.folder.path.resolve())
+        step, steps = checkpoints.step_of(checkpoint), self.args.steps_per_rollout
+        saved = checkpoints.run_of(checkpoint)
+        self._changes = check_same_run(saved, self.run, str(checkpoint), within_rollout=step % steps > 0)
+        if self._changes.said:
+            logger.warning(self._changes.said)
+        self.folder.go_on(checkpoint, rollouts=-(-step // steps))
+
+    def _train(self, checkpoint: Path | None, trial: Any, ignore_keys_for_eval: Any) -> TrainOutput:
         self.checkpoints.unsaved = None
         try:
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
-        except GuardError:
+        except (GuardError, RunStopped) as error:
             self._save_before_stop(trial)
+            if isinstance(error, RunStopped) and self.peers.rank == 0:
+                print(self._how_to_go_on(), file=sys.stderr, flush=True)
             raise
         except EngineLostError:
             self.stream.ahead = None  # it is lost with the engine
@@ -391,36 +414,35 @@ class GRPOTrainer(Trainer):
             raise
         finally:
             self.stream.sampler.engine.abort()
+            self.folder.end()
         if self.checkpoints.unsaved:
             raise GuardError(f"the run has ended, and its last checkpoint is not saved: {self.checkpoints.unsaved}")
         return output
 
-    def _describe(self) -> dict[str, Any]:
-        run = checkpoints.describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
-        teacher: Any = self.policy.teacher
-        if teacher is not None:
-            run["teacher"] = teacher.config._name_or_path
-        return run | {"reference adapter": self._reference}
+    def _how_to_go_on(self) -> str:
+        newest = checkpoints.newest_checkpoint(self.folder.path)
+        how = f"go on from {newest} with --resume_from_checkpoint auto" if newest else "no checkpoint is there to go on from"
+        return f"stopped after step {self.state.global_step}: {how}"
 
     def _checkpoint_folder(self, trial: Any) -> Path:
         return Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, with the parts that this trainer adds; older checkpoints go when this one is whole."""
-        more: dict[str, Any] = {"rollout": None}
-        if self.rollout is not None and self.rollout.index == self.state.global_step // self.args.steps_per_rollout:
-            # It has updates to run, and these are all that is needed of it.
-            more["rollout"] = replace(self.rollout, groups=[], sampled=[], tally={})
+        state, steps = self.state, self.args.steps_per_rollout
+        more = {"rollout": checkpoints.unfinished(self.rollout, state.global_step, steps)}
         folder = self._checkpoint_folder(trial)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        history, state.log_history = state.log_history, state.log_history[-REWARD_WINDOW:]  # metrics.jsonl has all of it
+        others = partial(super()._save_checkpoint, model, trial)
         try:
-            whole = self.checkpoints.save(
-                folder, partial(super()._save_checkpoint, model, trial), more, run=self._describe()
-            )
+            if self.peers.rank == 0:
+                self.folder.flush(to_disk=True)
+            whole = self.checkpoints.save(folder, others, more, run=self.run, weights_only=self.args.save_only_model)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, state.log_history = limit, history
         if whole and self.peers.rank == 0:
-            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
+            checkpoints.rotate(folder.parent, limit, keep=folder, best=state.best_model_checkpoint)
 
     def _save_before_stop(self, trial: Any) -> None:
         """The steps so far are good, unless their weights are not."""
@@ -430,10 +452,15 @@ class GRPOTrainer(Trainer):
             self._save_checkpoint(self.model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Trainer's, with the parts that this trainer adds, and the random state."""
+        """Trainer's, with what was changed on purpose, the parts that this trainer adds, and the random state."""
+        changed = self._changes.schedule and not self.is_deepspeed_enabled
+        settings = settings_of(self.optimizer) if changed else []
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.rollout = self.checkpoints.load(Path(checkpoint), self.args.device)["rollout"]
+            if changed:
+                apply_settings(self.optimizer, self.lr_scheduler, settings)
+            state = self.checkpoints.load(Path(checkpoint), self.args.device, sampled_otherwise=self._changes.sampling)
+            self.rollout = state["rollout"]
             self._load_rng_state(checkpoint)
 
     # ---- Evaluation
@@ -442,6 +469,10 @@ class GRPOTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample every held-out prompt with fixed seeds, score, and log; several data sets have a prefix each."""
+        with self.folder.lock():
+            return self._evaluate_prompts(eval_dataset, metric_key_prefix)
+
+    def _evaluate_prompts(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         parts = self.eval_prompts if eval_dataset is None else self._checked_eval(eval_dataset)
         if not parts:
             raise ValueError("evaluation needs an eval_dataset")
@@ -472,7 +503,8 @@ class GRPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the steps since the last log measured; reward comes first."""
-        self.recorder.claim_folder(self.state.global_step)
+        if self.state.global_step == 0:
+            self.folder.begin_record()
         readings = {}
         if "loss" in logs:
             logs = self.recorder.line(logs, step=self.state.global_step)
@@ -482,6 +514,21 @@ class GRPOTrainer(Trainer):
             logs |= {f"guards/{name}": float(reading.tripped) for name, reading in readings.items()}
         super().log(logs, start_time)
         self.guards.act(readings)
+
+
+def trainable(
+    model: str | PreTrainedModel | PeftModel, args: GRPOConfig, peft_config: PeftConfig | None, **init: Any
+) -> tuple[Any, str | None]:
+    """The model as it is trained, and the name of the adapter that is its reference, where it is one."""
+    lm: Any = load_model(model, **init) if isinstance(model, str) else model
+    make_savable(causal_lm(lm))
+    keep_gradients(lm)
+    if args.cast_lm_head_to_fp32:
+        cast_head_to_fp32(causal_lm(lm))
+    lm, reference_adapter = adapters.with_adapter(lm, peft_config, needs_reference=args.beta > 0)
+    if args.disable_dropout:
+        disable_dropout(lm)
+    return lm, reference_adapter
 
 
 class Updates:
@@ -505,6 +552,7 @@ class Updates:
         trainer.policy.inner, trainer.policy.wrapped = trainer.model, trainer.model_wrapped  # the launcher's, by now
         for step in range(start, (start // self.steps + 1) * self.steps):
             index, place = divmod(step, args.steps_per_rollout)
+            trainer.stop.check()
             if trainer.rollout is None or trainer.rollout.index != index:
                 trainer.rollout = trainer.make_rollout(index)
             yield from [{}] * (args.gradient_accumulation_steps - 1)
