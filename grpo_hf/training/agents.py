@@ -20,10 +20,12 @@ from grpo_hf.training.config import GRPOConfig
 from grpo_hf.types import Completion, Prompt
 
 
-def make_toolbox(tools: list[Callable[..., Any]] | None, environments: Any, args: GRPOConfig) -> Toolbox | None:
-    """The tools and environments of a run; None without any."""
+def make_toolbox(tools: Any, environments: Any, rollout_func: Any, args: GRPOConfig) -> Toolbox | None:
+    """The tools and environments of a run; None without any. Raises ValueError beside a rollout function."""
     if not tools and not environments:
         return None
+    if rollout_func is not None:
+        raise ValueError("a rollout_func makes whole completions, with calls of tools: give it, or tools and environments")
     return Toolbox(tools, environments, args.tool_settings())
 
 
