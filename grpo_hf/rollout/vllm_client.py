@@ -6,6 +6,7 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
@@ -51,6 +52,7 @@ class VLLMClient:
     def __init__(self, base_url: str, *, timeout: float):
         """``timeout``: seconds without an answer after which a server that may be starting is given up."""
         self.base_url, self.timeout = base_url.rstrip("/"), timeout
+        self._lock = Lock()
         self._open()
 
     def _open(self) -> None:
@@ -65,15 +67,18 @@ class VLLMClient:
 
     def reopen(self) -> None:
         """End every request in progress with ServerLostError, and go on with new connections."""
-        for connected in list(self._sockets):
+        with self._lock:
+            connected = list(self._sockets)
+        for item in connected:
             with suppress(OSError):  # it has ended by itself
-                connected.shutdown(socket.SHUT_RDWR)  # closing it alone would leave a thread that reads from it waiting
+                item.shutdown(socket.SHUT_RDWR)  # closing it alone would leave a thread that reads from it waiting
         self._http.close()
         self._open()
 
     def _remember(self, event: str, info: dict[str, Any]) -> None:
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            self._sockets.add(info["return_value"].get_extra_info("socket"))
+            with self._lock:
+                self._sockets.add(info["return_value"].get_extra_info("socket"))
 
     def post(self, path: str, body: Any = None, **options: Any) -> Any:
         """POST JSON, and the JSON of the answer. Raises ServerLostError, and ValueError with what a server refused."""
