@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from grpo_hf.rollout.engine import Engine, Request, Requests, Sampling
 from grpo_hf.rollout.peers import Peers
@@ -82,7 +83,7 @@ class SharedRequests:
     def _step(self) -> list[tuple[Hashable, list[Completion]]]:
         mine = []
         for ended, found in self.requests.finished():
-            rank, key = ended  # type: ignore[misc]
+            rank, key = cast(tuple[int, Hashable], ended)
             self.open.remove((rank, key))
             if rank == self.peers.rank:
                 mine.append((key, found))

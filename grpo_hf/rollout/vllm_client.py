@@ -7,6 +7,7 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
@@ -61,6 +62,7 @@ class VLLMClient:
         """``timeout``: seconds without an answer after which a server that may be starting is given up."""
         self.base_url, self.timeout = base_url.rstrip("/"), timeout
         self._sockets: WeakSet[socket.socket] = WeakSet()
+        self._lock = Lock()
         self._open()
 
     def _open(self) -> None:
@@ -76,16 +78,19 @@ class VLLMClient:
 
     def reopen(self) -> None:
         """End every request in progress with ServerLostError, and go on with new connections."""
-        sockets, self._sockets = self._sockets, WeakSet()
-        for connected in sockets:  # closing one does not wake the thread that reads from it
-            with suppress(OSError):
-                connected.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            sockets, self._sockets = self._sockets, WeakSet()
+            connected = list(sockets)
+        for item in connected:
+            with suppress(OSError):  # it has ended by itself
+                item.shutdown(socket.SHUT_RDWR)  # closing it alone would leave a thread that reads from it waiting
         self._http.close()
         self._open()
 
     def _note_socket(self, event: str, info: dict[str, Any]) -> None:
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            self._sockets.add(info["return_value"].get_extra_info("socket"))
+            with self._lock:
+                self._sockets.add(info["return_value"].get_extra_info("socket"))
 
     def post(self, path: str, body: Any = None, **options: Any) -> Any:
         """POST JSON, and the JSON of the answer. Raises ServerLostError, and ValueError with what a server refused."""

@@ -212,9 +212,9 @@ class ServerRequests:
     def add(self, key: Hashable, ids: list[int], seed: int, count: int = 1, max_tokens: int | None = None) -> None:
         """See Requests.add."""
         self.engine.weights.check()
-        request = Request(key, ids, seed, count, max_tokens or self.sampling.max_completion_length)
-        vllm_support.check_request(ids, request.max_tokens, self.engine.info.max_model_len)
-        self._submit(request)
+        limit = self.sampling.max_completion_length if max_tokens is None else max_tokens
+        vllm_support.check_request(ids, limit, self.engine.info.max_model_len)
+        self._submit(Request(key, ids, seed, count, limit))
 
     def _submit(self, request: Request) -> None:
         future = self.threads.submit(self.ask, request)
