@@ -27,9 +27,7 @@ def make_toolbox(tools: Any, environments: Any, rollout_func: Any, args: GRPOCon
     if rollout_func is not None:
         raise ValueError("a rollout_func makes whole completions, with calls of tools: give it, or tools and environments")
     if args.rollout_ahead:
-        raise ValueError(
-            "rollout_ahead=1 would sample later turns from weights that have changed; set rollout_ahead=0"
-        )
+        raise ValueError("rollout_ahead=1 would sample later turns from weights that have changed; set rollout_ahead=0")
     if args.vllm_tensor_parallel_size > 1:
         raise ValueError("vllm_tensor_parallel_size > 1 takes no later turns in process; set vllm_mode='server' for tools")
     return Toolbox(tools, environments, args.tool_settings())
