@@ -9,7 +9,7 @@ import torch
 
 from grpo_hf.algorithm.pass_at_k import pass_at_k
 from grpo_hf.metrics import Metrics
-from grpo_hf.rewards.faults import Tally, merged, stop_if_faulty
+from grpo_hf.rewards.faults import Calls, Tally, merged, stop_if_faulty
 from grpo_hf.rollout.engine import Sampling
 from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.prompts import PromptSet, derived_seed
@@ -52,7 +52,19 @@ def evaluate_prompts(
     record_groups(metrics, everyone)
     _record_pass_at_k(metrics, everyone, num_generations)
     measured = metrics.flush(peers.gather, steps=1)
-    return {k: v for k, v in measured.items() if not (k.startswith("time/") or "/seconds/" in k)}
+    measured = {k: v for k, v in measured.items() if not (k.startswith("time/") or "/seconds/" in k)}
+    return measured | ({"loss": -measured["reward"]} if "reward" in measured else {})
+
+
+def metric_names(rewards: list[str], num_generations: int) -> list[str]:
+    """What `evaluate_prompts` can measure: without a score there is no mean of it, and pass@k where all are 0 or 1."""
+    metrics, one = Metrics(), {"length": 1, "truncated": False, "reward": 1.0, "rewards": dict.fromkeys(rewards, 1.0)}
+    groups = [[one] * num_generations]
+    record_outcomes(metrics, {name: Calls() for name in rewards})
+    record_groups(metrics, groups)
+    _record_pass_at_k(metrics, groups, num_generations)
+    names = metrics.flush(lambda item: [item], steps=1)
+    return ["loss", *(name for name in names if not (name.startswith("time/") or "/seconds/" in name))]
 
 
 def _record_pass_at_k(metrics: Metrics, groups: list[GroupSummary], k: int) -> None:

@@ -180,6 +180,8 @@ class TrainingSample:
     """The trainer's before the rollout's first update; None in that update, which takes its own."""
     ref_logprobs: Float[Tensor, " target"] | None = None
     """The reference model's; None without a KL term."""
+    teacher_logprobs: Float[Tensor, " target"] | None = None
+    """The teacher's; None without one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,8 +208,14 @@ class TokenBatch:
     """log μ, the engine's; NaN where it gave none; a constant."""
     ref_logprobs: Float[Tensor, " token"] | None = None
     """log π_ref; a constant."""
+    teacher_logprobs: Float[Tensor, " token"] | None = None
+    """log π_teacher; a constant."""
+    selected: dict[str, Float[Tensor, " token"]] = field(default_factory=dict)
+    """What each selection of the objective has said of the tokens when it saw all of the update's; constants."""
     log_ratio: Float[Tensor, " token"] | None = None
     """log(π_θ / π_old) by token, or by completion, repeated over its tokens; carries the gradient; set by the objective."""
+    ratio_of_completions: bool = False
+    """Which of the two ``log_ratio`` is; set by the objective."""
 
 
 def moved_to(carrier: Any, device: torch.device, non_blocking: bool = True) -> Any:
@@ -286,6 +294,8 @@ class PackedBatch:
     """See TrainingSample."""
     ref_logprobs: Float[Tensor, " token"] | None = None
     """See TrainingSample."""
+    teacher_logprobs: Float[Tensor, " token"] | None = None
+    """See TrainingSample."""
     weight: float = 1.0
     """Factor on this micro-batch's loss: 0 on one that only gives a process something to run, else 1."""
 
@@ -308,6 +318,7 @@ class PackedBatch:
             lengths=self.lengths,
             rollout_logprobs=self.rollout_logprobs,
             ref_logprobs=self.ref_logprobs,
+            teacher_logprobs=self.teacher_logprobs,
         )
 
     def by_sample(self, values: Float[Tensor, " token"]) -> dict[int, Tensor]:

@@ -90,11 +90,13 @@ def text_engine() -> VLLMEngine:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Stopped with Ctrl-C, which leaves no process."""
-    from tests.server import Server
+    """With a key; stopped with Ctrl-C, which leaves no process."""
+    from tests.server import KEY, Server
 
+    os.environ["VLLM_API_KEY"] = KEY
     server = Server(tmp_path_factory.mktemp("server"), "--enable-lora", "--max-lora-rank", "8")
     server.start()
     server.wait()
     yield server
     assert server.stop() == []
+    del os.environ["VLLM_API_KEY"]

@@ -21,6 +21,8 @@ from grpo_hf.rollout.vllm_server import VLLMServerEngine
 from tests.tiny_models import tiny_tokenizer
 from tests.tiny_vllm import SAMPLING, vllm_model
 
+KEY = "a-key-that-nothing-else-holds"
+
 
 class Server:
     """`grpo-hf serve` of a model whose weights are not the trainer's."""
@@ -83,7 +85,7 @@ class Server:
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """Of a trainer that samples here."""
-        return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": self.url, "vllm_server_timeout": 120} | more
+        return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": self.url, "vllm_server_timeout": 300} | more
 
 
 def engine_of(server: Server, model: nn.Module, sampling: Sampling = SAMPLING, **options: Any) -> VLLMServerEngine:

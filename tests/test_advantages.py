@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_hf.algorithm.advantages import ADVANTAGES, NEEDS_A_GROUP, weighted_sum
+from grpo_hf.algorithm.advantages import ADVANTAGES, NEEDS_A_GROUP, credited, opo, pass_at_k, weighted_sum
 
 NAN = float("nan")
 
 
 def of_rewards(name: str, rewards: list[list[float]] | Tensor) -> Tensor:
     """Advantages of one objective whose weight is 1."""
-    return ADVANTAGES[name](torch.as_tensor(rewards).unsqueeze(-1), torch.ones(1))
+    scores = torch.as_tensor(rewards).unsqueeze(-1)
+    return credited(ADVANTAGES[name], scores, torch.ones(1), torch.ones(scores.shape[:2]))
 
 
 def check(name: str, rewards: list[list[float]], expected: list[list[float]]) -> None:
@@ -52,6 +53,40 @@ def test_leave_one_out_takes_off_the_others_mean() -> None:
     # The others' means: (2 + 6) / 2 = 4, (1 + 6) / 2 = 3.5, (1 + 2) / 2 = 1.5.
     check("leave_one_out", [[1.0, 2.0, 6.0]], [[-3.0, -1.5, 4.5]])
     check("leave_one_out", [[1.0, NAN, 4.0]], [[-3.0, 0.0, 3.0]])
+
+
+def test_reinforce_plus_plus_baseline_divides_by_the_std_of_all_deviations() -> None:
+    # Deviations -1, 1, -3, 3: squares 20, over 3, root 2.5819889; 1 / 2.5820889 and 3 times that.
+    check("reinforce_plus_plus_baseline", [[0.0, 2.0], [4.0, 10.0]], [[-0.3872833, 0.3872833], [-1.1618500, 1.1618500]])
+
+
+def test_opo_takes_off_the_mean_over_tokens() -> None:
+    scores, lengths = torch.tensor([[[1.0], [0.0], [NAN]]]), torch.tensor([[3.0, 1.0, 100.0]])
+    # (3 x 1 + 1 x 0) / 4 = 3/4; the one without a score has no part.
+    assert opo(scores, torch.ones(1), lengths=lengths).tolist() == [[0.25, -0.75, 0.0]]
+    assert opo(torch.full((1, 3, 1), 0.1), torch.ones(1), lengths=lengths).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_maxrl_divides_by_the_mean() -> None:
+    check("maxrl", [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]], [[3.0, -1.0, -1.0, -1.0], [1 / 3, 1 / 3, 1 / 3, -1.0]])
+    check("maxrl", [[0.0, 0.0, NAN]], [[0.0, 0.0, 0.0]])
+    with pytest.raises(ValueError, match=r"rewards of 0 or more are needed, one is -0\.5"):
+        of_rewards("maxrl", [[1.0, -0.5]])
+
+
+def test_pass_at_k_is_what_a_completion_adds_to_the_best_of_k() -> None:
+    def of(rewards: list[float], k: int) -> list[float]:
+        return pass_at_k(torch.tensor(rewards)[None, :, None], torch.ones(1), advantage_k=k)[0].tolist()
+
+    # One right of 4: it is in 3 of 6 pairs, and in 3 of 4 triples, and adds 1 to each.
+    assert of([0.0, 1.0, 0.0, 0.0], 2) == pytest.approx([0.0, 0.5, 0.0, 0.0])
+    assert of([0.0, 1.0, 0.0, 0.0], 3) == pytest.approx([0.0, 0.75, 0.0, 0.0])
+    # Two right of 4: of its 3 pairs each adds to the 2 with a wrong one; of its 3 triples to the one without the other.
+    assert of([1.0, 1.0, 0.0, 0.0], 2) == pytest.approx([1 / 3, 1 / 3, 0.0, 0.0])
+    assert of([1.0, 1.0, 0.0, 0.0], 3) == pytest.approx([1 / 4, 1 / 4, 0.0, 0.0])
+    # Pairs of 1, 2, 5: 2 adds 1 beside 1; 5 adds 4 beside 1 and 3 beside 2; over 3 pairs. A NaN is not there.
+    assert of([1.0, 5.0, NAN, 2.0], 2) == pytest.approx([0.0, 7 / 3, 0.0, 1 / 3])
+    assert of([1.0, 5.0, NAN, 2.0], 9) == pytest.approx([0.0, 3.0, 0.0, 0.0]), "3 of 3"
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)

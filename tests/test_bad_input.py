@@ -186,6 +186,12 @@ def build(model: Any, folder: Path, **change: Any) -> GRPOTrainer:
     return GRPOTrainer(model, args=args, **(good | {name: change[name] for name in change if is_argument[name]}))
 
 
+def test_a_folder_that_cannot_be_written_to(model_path: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir='.*/file/run' cannot be written to: Not a directory; set it to"):
+        build(model_path, tmp_path / "file")
+
+
 def test_arguments_that_nobody_has(model_path: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="GRPOTrainer has no argument 'reward_punks'"):
         build(model_path, tmp_path, reward_punks=even_words)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from grpo_hf.training.checkpoints import (
-    FREE,
-    MANIFEST,
-    SAID,
-    check_same_run,
-    damage,
-    newest_checkpoint,
-    resume_point,
-    run_of,
-)
+from grpo_hf.training.checkpoints import MANIFEST, damage, finish, newest_checkpoint, read_manifest, resume_point, run_of
+from grpo_hf.training.plain import CLASS, from_plain, to_plain
+from grpo_hf.training.same_run import FREE, PROCESSES, SAID, Changes, check_same_run
 from tests.runs import StopAfter, logs, timeless
 from tests.tiny import tiny_trainer
 
@@ -67,6 +63,94 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
         resume_point(str(folder / "checkpoint-4"), folder)
 
 
+FILES = [
+    *("config.json", "generation_config.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "rollout-0.pt"),
+    *("scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json", "training_args.bin", MANIFEST),
+]
+LOSSES: dict[str, Any] = {
+    "torn": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+}
+
+
+def test_these_are_the_files_of_a_checkpoint(saved: Path) -> None:
+    assert sorted(path.name for path in (saved / "checkpoint-4").iterdir()) == sorted(FILES)
+
+
+@pytest.mark.parametrize("lose", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_power_loss_at_any_file(
+    saved: Path, tmp_path: Path, name: str, lose: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was not on the disk is lost or torn."""
+    folder = damaged(saved, tmp_path / "run", lambda checkpoint: lose(checkpoint / name))
+    assert resume_point("auto", folder) == folder / "checkpoint-3"
+    assert f"checkpoint-4 is not used: {'it' if name == MANIFEST else name}" in caplog.text
+
+
+BAD_MANIFESTS = {
+    "{}": "is no list of its files",
+    "[]": "is no list of its files",
+    '{"run": {}, "files": {}}': "form 1, by another version",
+    '{"form": 2, "run": {}, "files": {}}': "does not list rollout-0.pt",
+    "\0" * 90: "cannot be read",
+}
+
+
+@pytest.mark.parametrize(("text", "said"), BAD_MANIFESTS.items(), ids=range(len(BAD_MANIFESTS)))
+def test_a_manifest_that_is_none(saved: Path, tmp_path: Path, text: str, said: str) -> None:
+    folder = damaged(saved, tmp_path / "run", lambda checkpoint: (checkpoint / MANIFEST).write_text(text))
+    assert said in str(damage(folder / "checkpoint-4"))
+    assert resume_point("auto", folder) == folder / "checkpoint-3"
+
+
+def test_files_are_on_the_disk_before_the_manifest_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the log lines so far, which the checkpoint does not hold."""
+    synced: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", lambda *paths: (synced.append(f"-> {Path(paths[1]).name}"), replace(*paths)))
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=1, save_rollouts=True).train()
+    counts = synced.index(f"-> {MANIFEST}")
+    needed = {*FILES, "metrics.jsonl", "rollout-000000-0.partial", "checkpoint-1", tmp_path.name, f"{MANIFEST}.partial"}
+    assert needed - {MANIFEST} <= set(synced[:counts])
+    assert "checkpoint-1" in synced[counts:]
+
+
+def test_a_checkpoint_of_weights_alone_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    tiny_trainer(tmp_path, **options).train()
+    for wanted in ("auto", True, str(tmp_path / "checkpoint-1")):
+        with pytest.raises(ValueError, match=r"checkpoint-\d holds weights without optimizer.*a new one from its weights"):
+            tiny_trainer(tmp_path, **options).train(resume_from_checkpoint=wanted)
+
+
+def test_a_checkpoint_cannot_make_the_trainer_run_its_code(saved: Path, tmp_path: Path) -> None:
+    """Nor name classes of other packages; all of its own files are tensors and plain data."""
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "was here"),)
+
+    for name in ("rollout-0.pt", "optimizer.pt", "scheduler.pt"):
+        torch.load(saved / "checkpoint-4" / name, weights_only=True)
+    folder = damaged(saved, tmp_path / "run", lambda checkpoint: torch.save(Evil(), checkpoint / "rollout-0.pt"))
+    finish(folder / "checkpoint-4", read_manifest(folder / "checkpoint-4"))
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        tiny_trainer(folder, max_steps=5).train(resume_from_checkpoint="auto")
+    assert not (tmp_path / "was here").exists()
+    with pytest.raises(ValueError, match="'subprocess:Popen', which is no dataclass of this package"):
+        from_plain({CLASS: "subprocess:Popen"}, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"tensors and plain data, not .*Evil: <"):
+        to_plain([Evil()])
+
+
 def test_no_whole_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-1").mkdir()
     assert newest_checkpoint(tmp_path) is None
@@ -109,10 +193,12 @@ def test_another_run_is_refused_before_it_starts(saved: Path, change: dict[str, 
     assert trainer.state.global_step == 0
 
 
-def test_another_number_of_processes_is_refused_with_how_to_start_as_many(saved: Path) -> None:
-    written = run_of(saved / "checkpoint-4")
-    with pytest.raises(ValueError, match=r"number of processes 2 -> 1; start it with .*--num_processes 2\..*a new run"):
-        check_same_run(written | {"number of processes": 2}, written, "it")
+def test_another_number_of_processes_is_said_and_under_deepspeed_refused(saved: Path) -> None:
+    run = run_of(saved / "checkpoint-4")
+    changes = check_same_run(run | {PROCESSES: 2}, run, "it")
+    assert "number of processes 2 -> 1. Sums over processes" in changes.said and changes.sampling
+    with pytest.raises(ValueError, match="another run: under DeepSpeed number of processes 2 -> 1"):
+        check_same_run(run | {PROCESSES: 2, "DeepSpeed": True}, run | {"DeepSpeed": True}, "it")
 
 
 def test_what_is_changed_on_purpose_is_said(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -125,10 +211,10 @@ def test_what_is_changed_on_purpose_is_said(saved: Path, tmp_path: Path, caplog:
 def test_every_other_setting_is_compared(saved: Path) -> None:
     run = run_of(saved / "checkpoint-4")
     assert not set(run) & set(FREE)
-    assert check_same_run(run, dict(run), "it") is None
+    assert check_same_run(run, dict(run), "it") == Changes()
     for name in run:
         if name in SAID:
-            assert name in str(check_same_run(run, run | {name: "other"}, "it"))
+            assert name in check_same_run(run, run | {name: "other"}, "it").said
         else:
             with pytest.raises(ValueError, match=f"another run: {name} "):
                 check_same_run(run, run | {name: "other"}, "it")

@@ -1,9 +1,13 @@
 """The layout is chosen by trying it: packed where it can be, padded with a reason, an error where neither is right."""
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from peft import LoHaConfig, LoraConfig, PeftConfig, get_peft_model
+from torch import nn
 from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -134,11 +138,57 @@ def test_attention_dropout_must_be_off_for_packed(log: list[str]) -> None:
     assert choose_layout(model, PROMPTS) == "packed"
 
 
-def test_disable_dropout_makes_training_deterministic() -> None:
-    model = tiny_model("llama").train()
+def with_attention_dropout() -> nn.Module:
+    model = tiny_model("llama")
     for layer in model.get_decoder().layers:  # type: ignore[union-attr]
         layer.self_attn.attention_dropout = 0.5
+    return model
+
+
+def opt() -> nn.Module:
+    """Its dropout is a number, drawn with by a function."""
+    sizes = {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.5}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **SIZES | sizes))
+
+
+def with_adapter(config: PeftConfig) -> nn.Module:
+    torch.manual_seed(0)
+    return get_peft_model(tiny_model("llama"), config)
+
+
+NOISY = {
+    "attention": with_attention_dropout,
+    "a number": opt,
+    "a router's jitter": lambda: tiny_model("mixtral", router_jitter_noise=0.9),
+    "LoRA": lambda: with_adapter(LoraConfig(lora_dropout=0.5, init_lora_weights=False)),
+    "LoHa, a number for each adapter": lambda: with_adapter(
+        LoHaConfig(target_modules=["q_proj"], module_dropout=0.5, init_weights=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", NOISY.values(), ids=NOISY)
+def test_disable_dropout_makes_training_deterministic(make: Callable[[], Any]) -> None:
+    model = make().train()
     ids = torch.tensor([PROMPTS[1]])
-    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert len({model(ids).logits.sum().item() for _ in range(8)}) > 1
     disable_dropout(model)
-    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert len({model(ids).logits.sum().item() for _ in range(8)}) == 1
+
+
+def test_noise_that_cannot_be_switched_off_is_an_error() -> None:
+    model = tiny_model()
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: out + torch.randn_like(out) if module.training else out
+    )
+    assert choose_layout(model, PROMPTS) == "packed"
+    with pytest.raises(ValueError, match=r"not packed, since .* nats in training alone, where its forward is random"):
+        choose_layout(model, PROMPTS, training=True)
+
+
+def test_padded_takes_the_attention_that_keeps_soft_caps(log: list[str]) -> None:
+    model = tiny_model("gemma2")
+    assert model.config._attn_implementation == "sdpa"
+    assert choose_layout(model, PROMPTS, "padded") == "padded"
+    assert model.config._attn_implementation == "eager"
+    assert log[0].startswith("Token layout: padded with eager attention (not padded, since its log-probs differ by up to")

@@ -1,6 +1,7 @@
 """GRPOConfig: TRL's names and defaults, the numbers that follow from the batch sizes, and an error for what cannot work."""
 
 import dataclasses
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from grpo_hf.algorithm.correction import corrected, measured
 from grpo_hf.algorithm.kl import KL_ESTIMATORS
 from grpo_hf.algorithm.losses import LEVELS, LOSSES
 from grpo_hf.algorithm.trial import gradient_of, trial_batch
-from grpo_hf.training.trl_names import TRL_ONLY
+from grpo_hf.training.trl_names import ASKS_FOR_NOTHING, TRL_ONLY
 from tests.tiny import tiny_trainer
 
 
@@ -150,6 +151,7 @@ def test_optimizer_steps_of_a_run(tmp_path: Path, prompts: int, settings: dict, 
         ({"scale_rewards": "none"}, "centered"),
         ({"scale_rewards": False}, "centered"),
         ({"advantage": "leave_one_out"}, "leave_one_out"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "gdpo"),
         ({"advantage": "raw", "scale_rewards": "batch"}, "raw"),
     ],
 )
@@ -161,7 +163,7 @@ def test_which_advantage_a_run_uses(settings: dict, form: str) -> None:
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss_type_makes_an_objective(loss_type: str, level: str) -> None:
     """On the first update, π_θ = π_old, one more likely token of a better completion lowers the loss."""
-    bound = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
+    bound = {"cispo": {"epsilon_high": 5.0}, "clip_cov": {"clip_cov_lb": 4.9}}.get(loss_type, {})
     objective = config(loss_type=loss_type, importance_sampling_level=level, **bound).objective()
     batch = trial_batch()
     gradient, _ = gradient_of(objective, replace(batch, old_logprobs=batch.logprobs.detach()))
@@ -172,6 +174,7 @@ OPTIONS = {
     "dapo": {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5},
     "cispo": {"epsilon_high": 3.0},
     "sapo": {"sapo_temperature_pos": 2.0, "sapo_temperature_neg": 3.0},
+    "kl_cov": {"kl_cov_coef": 2.0},
     "reinforce": {},
 }
 
@@ -201,12 +204,33 @@ def test_another_aggregation_than_the_losss_own(name: str) -> None:
     assert config(loss_type="grpo", loss_aggregation=name).objective().terms[0].aggregation is AGGREGATIONS[name]
 
 
+def test_selections_get_the_settings_that_they_name() -> None:
+    selections = (
+        config(loss_type="clip_cov", clip_cov_ratio=0.1, clip_cov_ub=3.0, top_entropy_quantile=0.2).objective().selections
+    )
+    of_clip = {"epsilon": 0.2, "epsilon_high": None}
+    assert selections["clip_cov"].keywords == {"clip_cov_ratio": 0.1, "clip_cov_lb": 1.0, "clip_cov_ub": 3.0} | of_clip
+    assert selections["top_entropy"].keywords == {"top_entropy_quantile": 0.2}
+    assert config(advantage="pass_at_k", advantage_k=3).credit().keywords == {"advantage_k": 3}
+    assert config().objective().selections == {}
+
+
+def test_vespo_takes_the_engines_weights_into_its_own() -> None:
+    settings = {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_mask"}
+    (policy,) = config(use_vllm=True, **settings).objective().terms
+    assert policy.factors == (measured,) and policy.value.keywords["vllm_importance_sampling_correction"] is True
+    (policy,) = config(**settings).objective().terms
+    assert policy.value.keywords["vllm_importance_sampling_correction"] is False, "there is no engine"
+
+
 def test_the_engine_is_corrected_for_or_measured() -> None:
     def factors(**settings: Any) -> tuple:
         return config(**settings).objective().terms[0].factors
 
     assert factors() == factors(use_vllm=True, vllm_importance_sampling_correction=False) == (measured,)
     bounds = {"vllm_importance_sampling_clip_min": 0.5, "vllm_importance_sampling_clip_max": None}
+    (_, mask) = factors(off_policy_mask_threshold=0.5)
+    assert mask.keywords == {"threshold": 0.5}
     (factor,) = factors(use_vllm=True, vllm_importance_sampling_mode="token_mask", **bounds)
     assert factor.func is corrected
     assert factor.keywords == {"mode": "token_mask", "low": 0.5, "high": None}
@@ -222,7 +246,7 @@ ERRORS = {
     ),
     "nothing near": ({"xyzzy": 1}, r"unknown setting 'xyzzy'$"),
     "TRL only": ({"max_prompt_length": 512}, "no setting 'max_prompt_length': use overlong_prompts='drop'"),
-    "TRL only, another way": ({"top_entropy_quantile": 0.2}, "every token counts; use entropy_coef for exploration"),
+    "TRL only, another way": ({"vllm_importance_sampling_cap": 2.0}, "use vllm_importance_sampling_clip_max"),
     "loss_type": (
         {"loss_type": "dr-grpo"},
         r"loss_type='dr-grpo' is not one of dapo, grpo, dr_grpo, .* \(nearest: dr_grpo\), nor path/file.py:function",
@@ -271,6 +295,21 @@ ERRORS = {
     "never skipped": ({"revisit_after": 0}, "revisit_after=0, but revisit_after >= 1 is needed"),
     "curriculum": ({"curriculum": "skip_solve"}, "curriculum='skip_solve' is not one of .*nearest: skip_solved"),
     "curriculum without a name": ({"curriculum": lambda history: True}, "give a function at the top of a file"),
+    "advantage_k": ({"advantage_k": 1}, "advantage_k=1, but advantage_k >= 2 is needed"),
+    "top_entropy_quantile": ({"top_entropy_quantile": 1.5}, "1.5, but 0 <= top_entropy_quantile <= 1 is needed"),
+    "entropy bounds": (
+        {"use_adaptive_entropy": True, "entropy_coef": 2.0},
+        "entropy_coef_min=0.0, entropy_coef=2.0, entropy_coef_max=1.0, but with use_adaptive_entropy=True",
+    ),
+    "two ways to sum rewards": (
+        {"multi_objective_aggregation": "normalize_then_sum", "advantage": "raw"},
+        "is advantage='gdpo', and advantage is 'raw'; set one of them",
+    ),
+    "multi_objective_aggregation": ({"multi_objective_aggregation": "sum"}, "is not one of sum_then_normalize, normalize"),
+    "vespo by sequence": (
+        {"loss_type": "vespo", "use_vllm": True},
+        "vllm_importance_sampling_mode='sequence_mask', but loss_type='vespo' .* 'token_truncate' or 'token_mask'",
+    ),
     # what cannot go together
     "dynamic sampling without groups": (
         {"dynamic_sampling": True, "num_generations": 1, "advantage": "raw"},
@@ -279,6 +318,14 @@ ERRORS = {
     "dynamic sampling ahead": (
         {"dynamic_sampling": True, "rollout_ahead": 1, "use_vllm": True, "vllm_mode": "server"},
         "rollout_ahead=1 asks for the next rollout before this one's rewards are known",
+    ),
+    "half an engine": (
+        {"vllm_tensor_parallel_size": 2, "use_vllm": True},
+        "=2 processes share an engine, and 1 processes train: the second has to be a multiple of the first",
+    ),
+    "a server's own option": (
+        {"vllm_tensor_parallel_size": 2, "use_vllm": True, "vllm_mode": "server"},
+        "a server takes grpo-hf serve MODEL --tensor-parallel-size",
     ),
     "curriculum ahead": (
         {"curriculum": "skip_solved", "rollout_ahead": 1, "use_vllm": True, "vllm_mode": "server"},
@@ -325,9 +372,62 @@ def test_what_cannot_work_is_refused(settings: dict, message: str) -> None:
 
 @pytest.mark.parametrize("name", TRL_ONLY)
 def test_a_name_of_trl_that_is_not_here_says_what_to_use(name: str) -> None:
+    """Unless it asks for nothing."""
     assert name not in {item.name for item in dataclasses.fields(GRPOConfig)}
     with pytest.raises(ValueError, match=f"no setting '{name}': .{{10,}}"):
-        config(**{name: None})
+        config(**{name: "something"})
+    config(**{name: None})
+    config(**{name: ASKS_FOR_NOTHING.get(name)})
+
+
+def test_generation_kwargs_are_settings_under_other_names() -> None:
+    given = {
+        "temperature": 0.7,
+        "max_new_tokens": 32,
+        "stop": "END",
+        "eos_token_id": [3, 4],
+        "do_sample": True,
+        "num_beams": 1,
+    }
+    made = config(generation_kwargs=given, temperature=1.0)
+    assert (made.temperature, made.max_completion_length) == (0.7, 32)
+    assert (made.stop_strings, made.stop_token_ids) == (["END"], [3, 4])
+    for given, message in {
+        "beams": ({"num_beams": 4}, "has num_beams=4, but completions are samples of the policy"),
+        "another filter": (
+            {"suppress_tokens": [1]},
+            "has 'suppress_tokens', which the loss could not account for; it may have",
+        ),
+        "a bound": ({"top_p": 0.0}, "top_p=0.0, but 0 < top_p <= 1 is needed"),
+    }.values():
+        with pytest.raises(ValueError, match=message):
+            config(generation_kwargs=given)
+
+
+def test_trust_remote_code_goes_to_what_is_loaded() -> None:
+    assert config(trust_remote_code=True).model_init_kwargs == {"trust_remote_code": True}
+    assert config(trust_remote_code=True, model_init_kwargs={"revision": "x"}).model_init_kwargs["revision"] == "x"
+    assert config().model_init_kwargs is None
+
+
+WARNINGS = {
+    "GSPO by tokens": ({"importance_sampling_level": "sequence"}, "counts a completion as often as it has tokens; for GSPO"),
+    "LUSPO by tokens": ({"loss_type": "luspo"}, "is meant for importance_sampling_level='sequence'"),
+    "VESPO by sequence": (
+        {"loss_type": "vespo", "importance_sampling_level": "sequence"},
+        "a ratio of completions by itself",
+    ),
+    "GSPO": ({"loss_type": "grpo", "importance_sampling_level": "sequence"}, None),
+    "LUSPO": ({"loss_type": "luspo", "importance_sampling_level": "sequence"}, None),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), WARNINGS.values(), ids=WARNINGS)
+def test_levels_of_no_paper_are_warned_of(settings: dict, message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("grpo_hf.training.config_checks"), "warning", said.append)
+    config(**settings)
+    assert len(said) == (message is not None) and all(str(message) in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +440,8 @@ def test_a_name_of_trl_that_is_not_here_says_what_to_use(name: str) -> None:
         {"loss_type": "cispo", "epsilon_high": 5.0},
         {"eval_temperature": 0.0},
         {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
+        {"loss_type": "vespo", "use_vllm": True, "vllm_importance_sampling_mode": "token_mask"},
+        {"advantage": "opo"},
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_hf.algorithm.correction import CORRECTION_MODES, corrected, measured
+from grpo_hf.algorithm.correction import CORRECTION_MODES, corrected, measured, off_policy_masked
 from grpo_hf.types import TokenBatch
 from tests.batches import token_batch
 
@@ -44,6 +44,9 @@ BATCH = sampled([2.0, 0.5, 2.0], [0, 1, 0])
         ("sequence_mask", None, None, [4.0, 0.5, 4.0]),
         ("sequence_mask", None, 3.0, [0.0, 0.5, 0.0]),
         ("sequence_mask", 0.8, 5.0, [4.0, 0.0, 4.0]),
+        ("geometric_truncate", 0.8, 1.5, [1.5, 0.8, 1.5]),
+        ("geometric_mask", None, 3.0, [2.0, 0.5, 2.0]),  # √(2 x 2)
+        ("geometric_mask", 0.99, 3.0, [2.0, 0.0, 2.0]),
     ],
 )
 def test_modes(mode: str, low: float | None, high: float | None, expected: list[float]) -> None:
@@ -78,7 +81,20 @@ def test_a_weight_past_the_largest_float_is_bounded_too(mode: str, expected: flo
 
 
 def test_modes_are_named_as_documented() -> None:
-    assert set(CORRECTION_MODES) == {"token_truncate", "token_mask", "sequence_truncate", "sequence_mask"}
+    trls = {"token_truncate", "token_mask", "sequence_truncate", "sequence_mask"}
+    assert set(CORRECTION_MODES) == {*trls, "geometric_truncate", "geometric_mask"}
+
+
+def test_completions_that_the_policy_has_left_are_masked_where_they_were_worse() -> None:
+    # log μ - log π_θ: completion 0 has ln 4 and 0, mean ln 2; completion 1 the same with A > 0; completion 2 has 0.1.
+    batch = token_batch([0.25, 1.0, 0.25, 1.0, math.exp(-0.1)], [-1.0, -1.0, 1.0, 1.0, -1.0], completion=[0, 0, 1, 1, 2])
+    weights, metrics = off_policy_masked(batch, threshold=0.5)
+    assert weights.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
+    assert metrics["off_policy_mask_ratio"].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert off_policy_masked(batch, threshold=0.7)[0].tolist() == [1.0] * 5
+    # Where the engine gives log-probs they count: completion 0 has -ln 4 + ln 4 = 0 and a token without one.
+    engine = replace(batch, rollout_logprobs=batch.old_logprobs + torch.tensor([math.log(0.25), NAN, 0.0, 0.0, 0.0]))
+    assert off_policy_masked(engine, threshold=0.5)[0].tolist() == [1.0] * 5
 
 
 # ---- What is logged
@@ -135,6 +151,8 @@ def test_without_an_engines_logprobs_there_is_nothing_to_correct(factor: Callabl
         # Completion 0's known tokens have 2 x 4, completion 1's one 0.5, whatever the missing tokens are.
         ("sequence_truncate", 3.0, [3.0, 1.0, 3.0, 1.0, 0.5], [8, NAN, 8, NAN, 0.5], [1, NAN, 1, NAN, 0]),
         ("sequence_mask", 3.0, [0.0, 1.0, 0.0, 1.0, 0.5], [8, NAN, 8, NAN, 0.5], [1, NAN, 1, NAN, 0]),
+        # √(2 x 4), over the two that are known.
+        ("geometric_mask", 3.0, [8**0.5, 1.0, 8**0.5, 1.0, 0.5], [8**0.5, NAN, 8**0.5, NAN, 0.5], [0, NAN, 0, NAN, 0]),
     ],
 )
 def test_a_missing_logprob_has_weight_1_and_is_in_no_sum_and_no_metric(mode, high, weights, ratio, bounded) -> None:

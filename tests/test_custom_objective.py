@@ -13,9 +13,9 @@ from grpo_hf.algorithm.aggregation import AGGREGATIONS
 from grpo_hf.algorithm.losses import LOSSES
 from grpo_hf.algorithm.objective import grpo_objective
 from grpo_hf.algorithm.trial import trial_batch
-from grpo_hf.training.checkpoints import check_same_run, describe_run
 from grpo_hf.training.checks import checked_rewards
 from grpo_hf.training.guards import GuardError
+from grpo_hf.training.same_run import Changes, check_same_run, describe_run
 from grpo_hf.types import TokenBatch
 from tests.tiny import Gradients, relative_error, tiny_trainer
 
@@ -140,10 +140,10 @@ def test_a_resumed_run_tells_functions_apart(custom: str) -> None:
         return describe_run(made, prompts, [], [], model)  # type: ignore[arg-type]
 
     mine = described(loss_type=f"{custom}:loss", advantage=f"{custom}:credit")
-    assert check_same_run(mine, described(loss_type=f"{custom}:loss", advantage=f"{custom}:credit"), "it") is None
-    with pytest.raises(ValueError, match=r"run: loss_type '.*custom.py:loss' -> 'tests.test_custom_objective:own_loss'"):
+    assert check_same_run(mine, described(loss_type=f"{custom}:loss", advantage=f"{custom}:credit"), "it") == Changes()
+    with pytest.raises(ValueError, match=r"run: .*loss_type '.*custom.py:loss' -> 'tests.test_custom_objective:own_loss'"):
         check_same_run(mine, described(loss_type=own_loss, advantage=f"{custom}:credit"), "it")
-    with pytest.raises(ValueError, match=r"another run: advantage '.*custom.py:credit' -> '.*advantages:leave_one_out'"):
+    with pytest.raises(ValueError, match=r"another run: .*advantage '.*custom.py:credit' -> '.*advantages:leave_one_out'"):
         check_same_run(mine, described(loss_type=f"{custom}:loss", advantage=leave_one_out), "it")
     with pytest.raises(ValueError, match="another run: loss_aggregation None -> 'sequence_mean'"):
         other = described(loss_type=f"{custom}:loss", advantage=f"{custom}:credit", loss_aggregation="sequence_mean")

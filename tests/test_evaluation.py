@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from grpo_hf import GRPOTrainer
+from grpo_hf.evaluation import metric_names
 from tests.runs import SAMPLE_NAMES, held_out_trainer, same, timeless, weights
 from tests.tiny import even_words
 
 HELD_OUT = [{"prompt": prompt} for prompt in ("w11", "w12 w13", "w14 w15 w16", "w17", "w18")]
 OTHERS = [{"prompt": "w21 w22"}]
+NAMES = SAMPLE_NAMES | {"loss"}
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
 
 def right(completion: str) -> float:
@@ -22,16 +28,17 @@ def right(completion: str) -> float:
 def test_metric_names_are_those_of_training(tmp_path: Path) -> None:
     trainer = held_out_trainer(tmp_path, HELD_OUT)
     metrics = trainer.evaluate()
-    assert set(metrics) - {"epoch"} == {f"eval_{name}" for name in SAMPLE_NAMES}
-    assert metrics["eval_reward"] == metrics["eval_rewards/even_words/mean"] > 0
+    assert set(metrics) - {"epoch"} == {f"eval_{name}" for name in NAMES}
+    assert -metrics["eval_loss"] == metrics["eval_reward"] == metrics["eval_rewards/even_words/mean"] > 0
     assert trainer.state.log_history[-1]["eval_reward"] == metrics["eval_reward"]
-    assert set(trainer.evaluate(metric_key_prefix="test")) - {"epoch"} == {f"test_{name}" for name in SAMPLE_NAMES}
+    assert set(trainer.evaluate(metric_key_prefix="test")) - {"epoch"} == {f"test_{name}" for name in NAMES}
+    assert set(metric_names(["even_words"], 4)) == NAMES | {"rewards/even_words/pass@4"}
 
 
 def test_several_data_sets_have_a_prefix_each(tmp_path: Path) -> None:
     trainer = held_out_trainer(tmp_path, {"easy": HELD_OUT, "hard": OTHERS})
     metrics = trainer.evaluate()
-    assert set(metrics) - {"epoch"} == {f"eval_{part}_{name}" for part in ("easy", "hard") for name in SAMPLE_NAMES}
+    assert set(metrics) - {"epoch"} == {f"eval_{part}_{name}" for part in ("easy", "hard") for name in NAMES}
     alone = held_out_trainer(tmp_path, OTHERS).evaluate()
     assert metrics["eval_hard_reward"] == alone["eval_reward"]
 
@@ -114,13 +121,38 @@ def test_it_leaves_no_trace_in_training(tmp_path: Path) -> None:
 
 
 def test_the_best_checkpoint_by_held_out_reward(tmp_path: Path) -> None:
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "greater_is_better": True}
-    strategy = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    trainer = held_out_trainer(tmp_path, HELD_OUT, **best, **strategy)
+    trainer = held_out_trainer(tmp_path, HELD_OUT, load_best_model_at_end=True, **BEST)
+    assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("reward", True)
     trainer.train()
     rewards = [entry["eval_reward"] for entry in trainer.state.log_history if "eval_reward" in entry]
     assert trainer.state.best_metric == max(rewards)
     assert trainer.evaluate()["eval_reward"] == max(rewards)
+
+
+@pytest.mark.parametrize("name", ["loss", "eval_rewards/even_words/mean", "eval_loss"])
+def test_a_metric_that_evaluation_has_can_choose_the_checkpoint(tmp_path: Path, name: str) -> None:
+    trainer = held_out_trainer(tmp_path, HELD_OUT, load_best_model_at_end=True, metric_for_best_model=name, **BEST)
+    trainer.train()
+    best = min if name.endswith("loss") else max
+    key = f"eval_{name.removeprefix('eval_')}"
+    assert trainer.state.best_metric == best(entry[key] for entry in trainer.state.log_history if key in entry)
+
+
+def test_a_metric_that_evaluation_has_not_is_refused_at_the_start(tmp_path: Path) -> None:
+    for held_out, name, message in (
+        (HELD_OUT, "rewards/even_word/mean", r"none that evaluation has: loss, .*\(nearest: rewards/even_words/mean"),
+        ({"easy": HELD_OUT, "hard": OTHERS}, "reward", r"none that evaluation has: easy_loss, .*hard_reward"),
+        (None, "reward", "load_best_model_at_end=True needs an eval_dataset"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            held_out_trainer(tmp_path, held_out, load_best_model_at_end=True, metric_for_best_model=name, **BEST)
+
+
+def test_a_streamed_data_set_is_read_into_memory(tmp_path: Path) -> None:
+    streamed = Dataset.from_list(HELD_OUT).to_iterable_dataset()
+    trainer = held_out_trainer(tmp_path, streamed)
+    assert trainer.evaluate() == held_out_trainer(tmp_path, HELD_OUT).evaluate()
+    assert trainer.eval_dataset is streamed, "as it was given"
 
 
 def test_a_verifier_that_never_applies(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_hf.packing.layout import packed_batch, padded_batch
 from grpo_hf.toy.hf_model import SortingConfig, SortingForCausalLM
+from grpo_hf.training.adapters import with_adapter
 from grpo_hf.training.throughput import Cost, cost_of, update_flops
 from tests.runs import lora
 from tests.samples import UNEVEN, VOCAB, random_groups, random_samples, samples_of
@@ -41,6 +42,13 @@ def test_frozen_weights_have_no_gradient() -> None:
     cost = cost_of(adapted.get_base_model())
     assert IDS.numel() * (cost.token + cost.scored) == counted(adapted)
     assert cost.scored == 4 * VOCAB * 32
+
+
+def test_a_reference_adapter_is_no_part_of_an_update() -> None:
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    alone = cost_of(adapted.get_base_model())
+    _, reference = with_adapter(adapted, None, needs_reference=True)
+    assert reference is not None and cost_of(adapted.get_base_model()) == alone
 
 
 def test_padding_is_not_useful_and_repeated_prompts_are_counted() -> None:

@@ -26,7 +26,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 1}
 # ---- Settings
 
 BAD = {
-    "an unknown guard": ({"kll": "warn"}, r"no guard 'kll', only not_finite, .*engine_mismatch \(nearest: kl\)"),
+    "an unknown guard": ({"kll": "warn"}, r"no guard 'kll', only not_finite, .*engine_weights \(nearest: kl\)"),
     "an unknown action": ({"not_finite": "stpo"}, r"action 'stpo', which is not one of warn, skip, stop \(nearest: stop\)"),
     "a skip that comes too late": ({"reward_collapse": "skip"}, "cannot skip a step: its value is known only after it"),
     "another key": ({"entropy_collapse": {"limit": 1.0}}, "neither one of warn, skip, stop nor {action"),
@@ -46,7 +46,7 @@ def test_settings_change_the_defaults() -> None:
     chosen = chosen_guards({"kl": {"threshold": 3}, "entropy_collapse": "skip"})
     assert (chosen["kl"].threshold, chosen["kl"].action) == (3, GUARDS["kl"].action)
     assert (chosen["entropy_collapse"].threshold, chosen["entropy_collapse"].action) == (0.01, "skip")
-    assert {name: guard.action for name, guard in GUARDS.items() if guard.action != "warn"} == {"not_finite": "stop"}
+    assert {name for name, guard in GUARDS.items() if guard.action == "stop"} == {"not_finite", "engine_weights"}
 
 
 # ---- Each guard, tripped by a run
@@ -91,8 +91,14 @@ STEP_GUARDS = {
     "engine_mismatch": (
         {},
         None,
+        lambda run: engine_is_off(run, by=0.15),
+        r"the engine's log-probs of its samples differ from the trainer's by 0.15 on average in step 1, above 0.1",
+    ),
+    "engine_weights": (
+        {},
+        None,
         lambda run: engine_is_off(run, by=0.5),
-        r"the engine's log-probs of its samples differ from the trainer's by 0.5 on average in step 1, above 0.1",
+        r"by 0.5 on average in step 1, above 0.2: it has other weights than the trainer.* 'warn'",
     ),
 }
 
@@ -133,13 +139,13 @@ def test_a_guard_skips_the_step(tmp_path: Path, guard: str, caplog: pytest.LogCa
     assert all(math.isfinite(loss) for loss in values(run, "loss"))
 
 
-@pytest.mark.parametrize("guard", ["entropy_collapse", "kl", "engine_mismatch"])
+@pytest.mark.parametrize("guard", ["entropy_collapse", "kl", "engine_mismatch", "engine_weights"])
 def test_a_guard_warns_once_and_changes_nothing(tmp_path: Path, guard: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         run = guarded_run(tmp_path / "a", guard, "warn")
         run.train()
     assert caplog.text.count(f"guard {guard} (training goes on)") == 1
-    other = guarded_run(tmp_path / "b", guard, "warn", guards={})
+    other = guarded_run(tmp_path / "b", guard, "warn", guards={"engine_weights": "warn"})
     other.train()
     assert same(weights(run.model), weights(other.model))
     assert values(run, f"guards/{guard}")[-1] == 1.0
@@ -148,10 +154,11 @@ def test_a_guard_warns_once_and_changes_nothing(tmp_path: Path, guard: str, capl
 
 def test_samples_of_older_weights_are_no_mismatch() -> None:
     far = {"sampling/sampling_logp_difference": 1.0}
-    stale, fresh = (guards.engine_mismatch(Seen(1, far | {"sampling/staleness": n}), 0.1) for n in (1, 0))
-    assert stale is None
-    assert fresh is not None
-    assert fresh.tripped
+    for guard in (guards.engine_mismatch, guards.engine_weights):
+        stale, fresh = (guard(Seen(1, far | {"sampling/staleness": n}), 0.1) for n in (1, 0))
+        assert stale is None
+        assert fresh is not None
+        assert fresh.tripped
 
 
 def test_metrics_of_guards_are_there_when_their_inputs_are(tmp_path: Path) -> None:
@@ -255,16 +262,16 @@ def test_other_errors_while_saving_are_raised(tmp_path: Path, monkeypatch: pytes
 
 def short_of_memory(run: Any, failing: set[int]) -> None:
     """These calls of the loss, counted from 1, end as on a GPU that is full, after their forward pass."""
-    original, calls = run.policy.objective, []
+    original, calls = run.policy.objective.parts, []
 
-    def loss(*arguments: Any) -> Any:
+    def parts(*arguments: Any) -> Any:
         calls.append(1)
         made = original(*arguments)
         if len(calls) in failing:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return made
 
-    run.policy.objective = loss
+    object.__setattr__(run.policy.objective, "parts", parts)
 
 
 TWO_UPDATES = {"gradient_accumulation_steps": 1, "steps_per_generation": 2, "num_iterations": 2}
@@ -333,6 +340,6 @@ def test_other_errors_of_a_step_are_raised(tmp_path: Path, monkeypatch: pytest.M
     def broken(*_: Any) -> None:
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(run.policy, "objective", broken)
+    monkeypatch.setattr(type(run.policy.objective), "parts", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         run.train()

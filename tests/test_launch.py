@@ -4,6 +4,7 @@ others and is named, and the run goes on where it was, to the last bit."""
 from __future__ import annotations
 
 import importlib.util
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,25 @@ def test_a_run_that_loses_a_process_goes_on(
     assert repr(metrics(killed)) == repr(metrics(whole))
     assert samples(killed) == samples(whole)
     assert same(final_weights(killed), final_weights(whole))
+
+
+def test_processes_stop_together_and_another_number_goes_on(tmp_path: Path) -> None:
+    """In the middle of a rollout, whose updates are shared anew; from two processes to one and from one to two."""
+    alone, two, one = (tmp_path / name for name in ("alone", "two", "one"))
+    sizes = {"one": {"per_device_train_batch_size": 16}, "two": {"per_device_train_batch_size": 8}}
+    settings = SAVING | {"beta": 0.1}
+    main([str(write_recipe(alone, **settings, **sizes["one"]))])
+    stop: dict[str, Any] = {"dies": {"rank": 1, "forward": 3, "how": "SIGTERM"}}
+    with pytest.raises(RuntimeError, match=f"stopped after step 3: go on from {two / 'checkpoint-3'}"):
+        launched(two, "cpu_2proc", **settings, **sizes["two"], model_options=stop)
+    main([str(write_recipe(two, **settings, **sizes["one"], resume_from_checkpoint="auto"))])
+    stop["dies"]["rank"] = 0
+    assert main([str(write_recipe(one, **settings, **sizes["one"], model_options=stop))]) == 128 + signal.SIGTERM
+    (said,) = launched(one, "cpu_2proc", **settings, **sizes["two"], resume_from_checkpoint="auto")
+    assert "number of processes 1 -> 2. Sums over processes are taken in another order" in said
+    for folder in (two, one):
+        assert logged(folder, "loss") == pytest.approx(logged(alone, "loss"), rel=1e-4)
+        assert logged(folder, "kl") == pytest.approx(logged(alone, "kl"), rel=1e-3)
 
 
 def death(how: str) -> dict[str, Any]:

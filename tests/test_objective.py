@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_hf.algorithm.aggregation import AGGREGATIONS, Denominators
-from grpo_hf.algorithm.correction import CORRECTION_MODES, corrected, measured
+from grpo_hf.algorithm.correction import CORRECTION_MODES, corrected, measured, off_policy_masked
 from grpo_hf.algorithm.losses import LOSSES, cispo, reinforce, unclipped
 from grpo_hf.algorithm.objective import Objective, Term, grpo_objective
 from grpo_hf.algorithm.sequences import sequence_mean
@@ -92,6 +92,17 @@ def test_the_level_is_every_terms() -> None:
     assert value(of_sequence) == pytest.approx((-2 * math.sqrt(0.75) + 2) / 5)
 
 
+def test_clip_ratios_of_sequences_count_completions() -> None:
+    """Of completion 0, of 3 tokens, the ratio is clipped, of the other two, of one, it is not: 1/3, and 3/5 by token."""
+    tokens = token_batch([1.5] * 3 + [1.0] * 2, completion=[0, 0, 0, 1, 2])
+
+    def share(level: str) -> float:
+        _, metrics = grpo_objective(*LOSSES["grpo"], level=level)(tokens, COUNTS)
+        return metrics["clip_ratio/high"].nanmean().item()
+
+    assert (share("sequence"), share("token")) == (pytest.approx(1 / 3), pytest.approx(3 / 5))
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_micro_batches_add_up(loss_type: str, level: str) -> None:
@@ -140,9 +151,11 @@ def test_which_objectives_have_a_gradient_without_advantage(objective: Objective
 def test_a_loss_needs_whole_completions_where_its_ratio_is_of_the_sequence(loss_type: str) -> None:
     loss, aggregation = LOSSES[loss_type]
     loss = partial(loss, epsilon_high=5.0) if loss is cispo else loss
-    assert not grpo_objective(loss, aggregation).needs_whole_completions
-    # REINFORCE takes no ratio.
-    assert grpo_objective(loss, aggregation, level="sequence").needs_whole_completions is (loss is not reinforce)
+    # VESPO's and GMPO's ratio is of the sequence whatever the level is; REINFORCE takes none, DPPO looks at tokens alone.
+    always = loss_type in ("vespo", "gmpo")
+    assert grpo_objective(loss, aggregation).needs_whole_completions is always
+    of_sequence = grpo_objective(loss, aggregation, level="sequence").needs_whole_completions
+    assert of_sequence is (always or loss is not reinforce)
 
 
 @pytest.mark.parametrize("bounds", [(None, 3.0), (0.5, 2.0), (None, None), (0.999, 1.001), (None, 1.0)])
@@ -150,10 +163,12 @@ def test_a_loss_needs_whole_completions_where_its_ratio_is_of_the_sequence(loss_
 def test_a_correction_needs_whole_completions_where_it_is_of_the_sequence(mode: str, bounds: tuple) -> None:
     factor = partial(corrected, mode=mode, low=bounds[0], high=bounds[1])
     objective = grpo_objective(*LOSSES["dapo"], factors=(factor,))
-    assert objective.needs_whole_completions is mode.startswith("sequence")
+    assert objective.needs_whole_completions is not mode.startswith("token")
 
 
 def test_which_others_need_whole_completions() -> None:
+    mask = partial(off_policy_masked, threshold=0.5)
+    assert grpo_objective(*LOSSES["dapo"], factors=(mask,)).needs_whole_completions
     assert grpo_objective(compared_within_completions, "token_mean").needs_whole_completions
     assert not grpo_objective(*LOSSES["grpo"], factors=(measured,), beta=0.1, entropy_coef=0.1).needs_whole_completions
     assert grpo_objective(*LOSSES["reinforce"], level="sequence", beta=0.1).needs_whole_completions, "the KL's own ratio"

@@ -11,6 +11,8 @@ import sys
 import pytest
 
 from grpo_hf.rewards import check_columns, get_reward, get_rewards, known_rewards, register_reward, registry
+from grpo_hf.types import Sample
+from tests.scoring import score
 
 SHIPPED = {
     "code": {},
@@ -110,6 +112,23 @@ def test_what_a_batch_signature_says():
 def no_completion(text): ...
 def two_completions(completion, completions): ...
 def by_position(completion, /): ...
+
+
+def by_length(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def of_anything(**kwargs):
+    return [float(len(text)) for text in kwargs["completions"]]
+
+
+@pytest.mark.parametrize(("function", "scores"), [(by_length, [2.0, 1.0]), (of_anything, [3.0, 2.0])])
+def test_a_batch_form_may_leave_completions_to_its_keywords(function, scores):
+    """As TRL's first documented example does."""
+    reward = get_reward(function)
+    assert not reward.per_sample and reward.takes_state
+    samples = [Sample("p", text, text, ids, {"prompt": "p"}) for text, ids in (("abc", [1, 2]), ("de", [3]))]
+    assert score(reward, samples) == scores
 
 
 @pytest.mark.parametrize(

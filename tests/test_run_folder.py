@@ -66,8 +66,14 @@ def test_the_names_of_the_metrics(tmp_path: Path) -> None:
         ({"beta": 0.1}, {"kl", "guards/kl"}, set()),
         ({"loss_type": "cispo", "epsilon_high": 5.0}, {"cispo_clip_ratio"}, {n for n in TRL_NAMES if "clip_ratio/" in n}),
         ({"loss_type": "reinforce"}, set(), {n for n in TRL_NAMES if "clip_ratio/" in n}),
+        ({"entropy_coef": 0.1}, {"policy_loss", "entropy_coef"}, set()),
+        (
+            {"loss_type": "vespo", "off_policy_mask_threshold": 0.5},
+            {"vespo/phi_seq_mean", "off_policy_mask_ratio"},
+            {n for n in TRL_NAMES if "clip_ratio/" in n},
+        ),
     ],
-    ids=["beta", "cispo", "reinforce"],
+    ids=["beta", "cispo", "reinforce", "entropy bonus", "vespo"],
 )
 def test_names_that_settings_add_or_take_away(tmp_path: Path, settings: dict, more: set, fewer: set) -> None:
     trainer = tiny_trainer(tmp_path, **settings)
@@ -99,6 +105,18 @@ def test_the_values_of_the_metrics(tmp_path: Path) -> None:
     assert entry["tokens/forwarded"] <= sum(prompts) + sum(lengths) - 16 < entry["tokens/padded_equivalent"]
     times = sum(value for name, value in entry.items() if name.startswith("time/"))
     assert entry["tokens_per_second"] == pytest.approx(sum(lengths) / times)
+
+
+@pytest.mark.parametrize(("logging_steps", "lines"), [(10, [3]), (2, [2, 3]), (3, [3])])
+def test_the_last_steps_are_logged(tmp_path: Path, logging_steps: int, lines: list[int]) -> None:
+    trainer = tiny_trainer(tmp_path, max_steps=3, logging_steps=logging_steps, write_report=True)
+    trainer.train()
+    assert [line["step"] for line in logs(trainer)] == lines
+    assert (tmp_path / "report.html").is_file()
+    each = tiny_trainer(tmp_path, max_steps=3)
+    each.train()
+    rest = values(each, "reward")[lines[-2] if len(lines) > 1 else 0 :]
+    assert logs(trainer)[-1]["reward"] == pytest.approx(sum(rest) / len(rest))
 
 
 def test_a_log_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
@@ -213,7 +231,7 @@ def test_a_new_run_sets_an_earlier_one_aside(tmp_path: Path) -> None:
         tiny_trainer(tmp_path, max_steps=steps, save_rollouts=True).train()
         (tmp_path / "report.html").write_text(f"{steps} steps")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("earlier-1", "earlier-2", "metrics.jsonl", "report.html", "rollouts")
+        *(".lock", "earlier-1", "earlier-2", "metrics.jsonl", "report.html", "rollouts")
     ]
     for folder, steps in ((tmp_path / "earlier-1", 1), (tmp_path / "earlier-2", 2), (tmp_path, 3)):
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == steps + 1

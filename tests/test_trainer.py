@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from grpo_hf import GRPOConfig, GRPOTrainer
 from grpo_hf.algorithm.losses import LOSSES
@@ -17,6 +19,7 @@ from grpo_hf.packing.logprobs import batch_logprobs
 from tests.runs import AfterStep, logs, lora, same, values, weights
 from tests.tiny import (
     PROMPTS,
+    SIZES,
     VOCAB,
     Gradients,
     even_words,
@@ -428,6 +431,81 @@ def test_a_trl_script_runs_with_its_import_changed(tmp_path: Path, monkeypatch: 
     with_defaults = GRPOTrainer("model", reward_num_unique_words, train_dataset=PROMPTS)
     assert with_defaults.args.num_generations == 8
     assert with_defaults.processing_class.eos_token == "<eos>"
+
+
+def test_what_people_read_of_a_trainer(tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("qwen2", num_labels=1, **(SIZES | {"tie_word_embeddings": True}))
+    )
+    tokenizer = tiny_tokenizer()
+    trainer = tiny_trainer(tmp_path, reward=[even_words, model], reward_processing_classes=[None, tokenizer])
+    assert trainer.reward_funcs == [even_words, model]
+    assert trainer.reward_func_names[0] == "even_words" and len(trainer.reward_func_names) == 2
+    assert trainer.reward_processing_classes == [None, tokenizer]
+    assert trainer.eval_dataset is None
+
+
+def test_the_head_alone_in_float32(tmp_path: Path) -> None:
+    """Log-probs are those of the same hidden states under a float32 product, in a model of bfloat16; and it trains."""
+
+    def model() -> Any:
+        return tiny_model("llama").to(torch.bfloat16)
+
+    trainer = tiny_trainer(tmp_path, model=model(), cast_lm_head_to_fp32=True, beta=0.1, num_iterations=2, max_steps=2)
+    head = trainer.model.lm_head
+    assert head.weight.dtype == torch.float32 and trainer.model.model.embed_tokens.weight.dtype == torch.bfloat16
+    trainer.train()
+    batch = trainer.policy.microbatches(trainer.rollout.updates[0])[0]
+    hidden: list[Tensor] = []
+    hook = trainer.model.model.register_forward_hook(lambda module, inputs, output: hidden.append(output[0]))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = batch_logprobs(trainer.model, batch)[0]
+    hook.remove()
+    logits = hidden[0].flatten(0, 1)[batch.scored_at].float() @ head.weight.T
+    expected = logits.log_softmax(-1)[batch.scored, batch.targets]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert trainer.model(IDS).logits.dtype == torch.float32
+    with pytest.raises(ValueError, match="head apart from the embeddings, and that of Qwen2ForCausalLM is tied to them"):
+        tiny_trainer(tmp_path, cast_lm_head_to_fp32=True)
+
+
+def test_completions_without_any_score_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("grpo_hf.training.checks"), "warning", said.append)
+
+    def odd_alone(completion: str) -> float | None:
+        return 1.0 if len(completion.split()) % 2 else None
+
+    trainer = tiny_trainer(tmp_path, reward=odd_alone)
+    trainer.train()
+    without = [item for group in trainer.rollout.groups for item in group.completions if math.isnan(item.reward)]
+    assert 0 < len(without) < 8
+    assert len(said) == 1 and said[0].startswith(f"no reward has given {len(without)} of 8 completions a score")
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_samples_are_a_table_where_the_tracker_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    module = pytest.importorskip(tracker)
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    frames: list[Any] = []
+    build = module.Table.__init__
+
+    def observed(table: Any, *args: Any, dataframe: Any, **more: Any) -> None:
+        frames.append(dataframe)
+        build(table, *args, dataframe=dataframe, **more)
+
+    monkeypatch.setattr(module.Table, "__init__", observed)
+    settings = {"log_completions": True, "report_to": [tracker], "max_steps": 2, "log_unique_prompts": tracker == "wandb"}
+    trainer = tiny_trainer(tmp_path, **settings)
+    trainer.train()
+    assert len(frames) == 2
+    assert list(frames[1].columns) == ["step", "prompt", "completion", "even_words", "advantage"]
+    assert len(frames[1]) == (2 if tracker == "wandb" else 8)
+    assert frames[1]["even_words"][0] == trainer.rollout.groups[0].completions[0].reward
+    assert tracker != "wandb" or module.run.summary["completions"]["nrows"] == 2
 
 
 def test_model_init_kwargs_load_the_model(tmp_path: Path) -> None:

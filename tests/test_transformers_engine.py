@@ -191,6 +191,8 @@ def test_long_requests_beside_short_ones_with_much_to_come() -> None:
                 requests.add(key, asked[key][0], 1, max_tokens=asked[key][1])
             made.append(dict(found for _ in keys for found in requests.finished()))
             assert requests.finished() == []
+            with pytest.raises(ValueError, match="1 ids and max_tokens=0; each must be 1 or more"):
+                requests.add("none", [5], 1, max_tokens=0)
     assert made[0] == made[1] | made[2]
     assert [len(item.ids) for (item,) in made[0].values()] == [4, 60]
 

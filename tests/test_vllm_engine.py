@@ -31,6 +31,7 @@ from tests.tiny_vllm import (
     serve,
     update,
     vllm_model,
+    with_lora,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -278,3 +279,16 @@ def test_what_the_cpu_kernels_cannot_do_is_refused() -> None:
     model.config.head_dim = 8
     with pytest.raises(ValueError, match="no attention for heads of size 8, only for 32"):
         VLLMEngine(model, sampling=SAMPLING, max_model_length=60)
+
+
+ADAPTERS = {
+    "experts": ("qwen3_moe", ["q_proj"], "'adapter': vLLM on the CPU holds no adapter beside a mixture of experts.*'merge'"),
+    "a head that vLLM's model keeps to itself": ("qwen2", ["q_proj", "lm_head"], "use vllm_lora_sync='merge': .*lm_head"),
+}
+
+
+@pytest.mark.parametrize(("family", "layers", "message"), ADAPTERS.values(), ids=ADAPTERS)
+def test_adapters_that_vllm_cannot_hold_are_refused(family: str, layers: list[str], message: str) -> None:
+    model = with_lora(vllm_model(family), target_modules=layers)
+    with pytest.raises(ValueError, match=message):
+        VLLMEngine(model, sampling=SAMPLING, max_model_length=60, lora_sync="adapter").sync_weights(0)

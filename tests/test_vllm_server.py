@@ -10,25 +10,31 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from grpo_hf.cli.serve import check_port
+from grpo_hf.cli.serve import check_key, check_port, without_key
+from grpo_hf.rollout import vllm_server
 from grpo_hf.rollout.engine import EngineLostError, sample_groups
 from grpo_hf.rollout.peers import Peers
-from grpo_hf.rollout.vllm_client import VLLMClient
+from grpo_hf.rollout.vllm_client import ServerKeyError, VLLMClient
 from grpo_hf.rollout.vllm_server import VLLMServerEngine
 from grpo_hf.rollout.vllm_transfer import start_update
 from grpo_hf.rollout.weight_sync import StaleEngineError
 from tests.conversations import at_once, conversations, one_at_a_time, sampled
 from tests.peers import on_processes
 from tests.runs import AfterStep, logs, lora, values
-from tests.server import Server, engine_of
+from tests.server import KEY, Server, engine_of
 from tests.test_vllm_training import check_two_processes, vllm_trainer
+from tests.tiny import tiny_model, tiny_trainer
 from tests.tiny_vllm import (
     PROMPTS,
     SAMPLING,
+    SEEDS,
+    STOPS,
     difference,
     ids,
     sample,
@@ -54,18 +60,102 @@ def test_weights_that_are_no_longer_the_trainers_are_not_sampled_from(server: Se
 
 
 def test_turns_of_conversations_are_those_asked_for_one_at_a_time(server: Server) -> None:
-    """Nobody waits for another's turn, and weights that change between turns are noticed."""
+    """And weights that change between turns are noticed."""
     engine, together, alone = engine_of(server, vllm_model(tied=True, seed=3)), conversations(), conversations()
     engine.sync_weights(0)
-    ended = at_once(engine, SAMPLING, together)
-    assert ended != sorted(ended) and len(ended) == 24
+    assert len(at_once(engine, SAMPLING, together)) == 24
     one_at_a_time(engine, SAMPLING, alone)
     assert sampled(together) == sampled(alone)
     with pytest.raises(StaleEngineError), engine.requests(SAMPLING) as requests:
         requests.add("first", [5], 1)
-        assert requests.finished(timeout=0) == []
         update(engine.weights.model, 1)
         requests.add("second", [6], 1)
+
+
+def test_weights_that_another_trainer_is_loading_count_as_nobodys(server: Server) -> None:
+    """They are in the server and not named yet."""
+    model = vllm_model(tied=True, seed=3)
+    engine = engine_of(server, model)
+    engine.sync_weights(0)
+    expected = ids(sample(engine))
+    other = engine_of(server, vllm_model(tied=True, seed=4))
+    other.weights.run(0, other._load, other._load_adapter)
+    assert engine.client.weight_version() == f"in flux by {other.run}"
+    assert ids(sample(engine)) == expected
+
+
+def test_a_temperature_that_an_earlier_run_has_left_is_taken_back(server: Server) -> None:
+    """And one that changes from call to call is followed, as in an evaluation."""
+    VLLMClient(server.url, timeout=5).post("/collective_rpc", {"method": "grpo_hf_divide_logits", "args": ["0.5"]})
+    model = vllm_model(tied=True, seed=3)
+    engine = engine_of(server, model)
+    engine.sync_weights(0)
+    assert difference(model, PROMPTS, sample(engine), 1.0) < 1e-3
+    engine.filtered = True  # temperature goes into the logits then
+    for temperature in (2.0, 1.0):
+        groups = sample(engine, replace(SAMPLING, temperature=temperature))
+        assert difference(model, PROMPTS, groups, temperature) < 1e-3
+    engine.client.post("/collective_rpc", {"method": "grpo_hf_divide_logits", "args": ["1.0"]})
+
+
+def test_a_server_that_somebody_pauses(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a moment costs nothing, not even what it was in the middle of; for longer than it may stay away ends the run."""
+    monkeypatch.setattr(vllm_server, "LOOK_EVERY", 0.2)
+    engine = engine_of(server, vllm_model(tied=True, seed=3), timeout=3.0)
+    engine.sync_weights(0)
+    expected = ids(sample(engine))
+    for mode in ("abort", "keep"):
+        asked = sample_groups(engine, PROMPTS, SEEDS, 4, SAMPLING)
+        engine.client.post(f"/pause?mode={mode}")
+        resume = threading.Timer(1.0, lambda: engine.client.post("/resume"))
+        resume.start()
+        groups = dict(asked)
+        assert ids([groups[number] for number in range(len(PROMPTS))]) == expected
+        resume.join()
+    engine.client.post("/pause?mode=keep")
+    with pytest.raises(EngineLostError, match=r"for 3 s \(vllm_server_timeout\): it is paused \(POST /resume"):
+        sample(engine)
+    engine.client.post("/resume")
+
+
+def test_every_route_asks_for_the_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    routes = VLLMClient(server.url, timeout=5).get("/openapi.json")["paths"]
+    assert {"/collective_rpc", "/update_weights", "/pause", "/update_weight_version", "/v1/completions"} <= routes.keys()
+    for wrong in ({}, {"Authorization": "Bearer other"}):
+        answers = {
+            httpx.request(method, server.url + path, headers=wrong).status_code
+            for path, methods in routes.items()
+            for method in methods
+            if path != "/health"
+        }
+        assert answers == {401}
+    monkeypatch.delenv("VLLM_API_KEY")
+    with pytest.raises(ServerKeyError, match="asks for a key, which the environment variable VLLM_API_KEY does not hold"):
+        engine_of(server, vllm_model(tied=True))
+
+
+KEYS: dict[str, tuple[list[str], Any]] = {
+    "none": (["--port", "1"], (None, ["--port", "1"])),
+    "one": (["--api-key", "a", "--port", "1"], ("a", ["--port", "1"])),
+    "the other form": (["--port", "1", "--api_key=a"], ("a", ["--port", "1"])),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), KEYS.values(), ids=KEYS)
+def test_the_key_is_no_argument_of_the_server(given: list[str], expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert without_key(given) == expected
+    with pytest.raises(ValueError, match="--api-key has 2 keys; give one"):
+        without_key([*given, "--api-key", "b", "c"][-3:])
+
+
+def test_a_host_that_others_reach_needs_a_key() -> None:
+    for host in ("0.0.0.0", "::"):
+        with pytest.raises(ValueError, match=f"--host {host} can be reached .*VLLM_API_KEY to a key of your choice"):
+            check_key(host, None)
+        check_key(host, "a")
+    for host in ("127.0.0.1", "localhost", "::1"):
+        check_key(host, None)
 
 
 def test_a_sync_that_a_killed_trainer_has_left_open_is_ended(server: Server) -> None:
@@ -151,10 +241,46 @@ def test_two_processes_share_the_server(server: Server, tmp_path: Path) -> None:
 
 def test_lora_by_its_adapter_alone(server: Server, tmp_path: Path) -> None:
     trainer = vllm_trainer(
-        tmp_path, max_steps=4, learning_rate=0.01, peft_config=lora(), **server.settings(vllm_lora_sync="adapter")
+        tmp_path,
+        max_steps=4,
+        learning_rate=0.01,
+        peft_config=lora(),
+        **server.settings(vllm_lora_sync="adapter", save_strategy="steps"),
     )
     trainer.train()
     assert max(values(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 10 and not [path for path in written if KEY.encode() in path.read_bytes()]
+
+
+def test_qlora(tmp_path: Path) -> None:
+    """The 4-bit base never travels, and its bytes stay; a server of that base agrees, until another run has been there."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    base = tiny_model("qwen3", **sizes)
+    base.generation_config.eos_token_id = list(STOPS)
+    base.save_pretrained(tmp_path / "base")
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+    def four_bit() -> Any:
+        options = {"quantization_config": quantized, "dtype": torch.float32}
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+
+    server = Server(tmp_path, "--enable-lora", "--max-lora-rank", "8", model=four_bit().dequantize())
+    server.start()
+    server.wait()
+    options = server.settings(vllm_lora_sync="adapter", learning_rate=0.01, max_steps=4)
+    trainer = tiny_trainer(tmp_path / "run", model=four_bit(), peft_config=lora(), beta=0.1, **options)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert any(p.dtype == torch.uint8 for p in before.values())
+    trainer.train()
+    assert max(values(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+    assert min(values(trainer, "grad_norm")) > 0 and values(trainer, "kl")[0] == 0 < values(trainer, "kl")[-1]
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if name in before)
+    tiny_trainer(tmp_path / "full", model=tiny_model("qwen3", **sizes), **server.settings()).train()
+    with pytest.raises(EngineLostError, match=r"it has the base weights of another run .*; restart it"):
+        tiny_trainer(tmp_path / "again", model=four_bit(), peft_config=lora(), **options).train()
+    server.stop()
 
 
 def test_a_killed_server_costs_no_prompt(server: Server, tmp_path: Path) -> None:

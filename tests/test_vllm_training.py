@@ -19,8 +19,11 @@ from peft import LoraConfig
 
 from grpo_hf.algorithm.objective import Objective
 from grpo_hf.cli.train import main
+from grpo_hf.rollout import vllm_engine
 from grpo_hf.rollout.vllm_engine import VLLMEngine
+from grpo_hf.training.guards import GuardError
 from grpo_hf.training.trainer import GRPOTrainer
+from tests.runs import same, weights
 from tests.tiny import Gradients, relative_error, tiny_trainer
 from tests.tiny_vllm import STOPS, vllm_model
 
@@ -35,6 +38,12 @@ def vllm_trainer(folder: Path, **settings: Any) -> GRPOTrainer:
     return tiny_trainer(folder, model=model, **({"use_vllm": True} | settings))
 
 
+def test_a_context_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    """The longest prompt has 5 tokens, and a completion may have 8."""
+    with pytest.raises(ValueError, match=r"vllm_max_model_length=12 leaves no room for the longest prompt of 5 .* set 13"):
+        vllm_trainer(tmp_path, vllm_max_model_length=12)
+
+
 def lines(trainer: GRPOTrainer) -> list[dict[str, float]]:
     """The log lines of training steps."""
     return [line for line in trainer.state.log_history if "loss" in line]
@@ -47,14 +56,14 @@ def test_first_ratio_is_one_and_the_engine_agrees(tmp_path: Path, monkeypatch: p
         tmp_path, max_steps=6, learning_rate=0.01, steps_per_generation=2, peft_config=LORA if lora else None
     )
     ratios: dict[int, list] = defaultdict(list)
-    objective = Objective.__call__
+    parts = Objective.parts
 
     def observed(self, batch, denominators):
         ratios[trainer.state.global_step].append((batch.logprobs - batch.old_logprobs).detach().exp())
         assert (batch.old_logprobs - batch.rollout_logprobs).abs().max() < 1e-3
-        return objective(self, batch, denominators)
+        return parts(self, batch, denominators)
 
-    monkeypatch.setattr(Objective, "__call__", observed)
+    monkeypatch.setattr(Objective, "parts", observed)
     trainer.train()
     assert sorted(ratios) == list(range(6))
     for step, found in ratios.items():
@@ -69,9 +78,21 @@ def test_first_ratio_is_one_and_the_engine_agrees(tmp_path: Path, monkeypatch: p
         assert line["sampling/frac_weights_bounded"] == 0
 
 
+def test_an_engine_with_other_weights_stops_the_run_before_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's CPU build has them when a tied head is not packed anew."""
+    monkeypatch.setattr(vllm_engine, "refresh_tied_head", lambda model: None)
+    trainer = vllm_trainer(tmp_path)
+    before = weights(trainer.model)
+    with pytest.raises(GuardError, match=r"by \d.* on average in step 1, above 0.2: it has other weights .*use_vllm=False"):
+        trainer.train()
+    assert same(weights(trainer.model), before)
+
+
 def test_a_correction_that_masks_everything_leaves_no_gradient(tmp_path: Path) -> None:
     kept = Gradients()
-    trainer = vllm_trainer(tmp_path, vllm_importance_sampling_clip_max=0.5, callbacks=[kept])
+    settings = {"vllm_importance_sampling_clip_max": 0.5, "vllm_max_model_length": 24}
+    trainer = vllm_trainer(tmp_path, callbacks=[kept], **settings)
+    assert trainer.stream.sampler.engine.max_model_len == 24
     trainer.train()
     assert lines(trainer)[0]["sampling/frac_weights_bounded"] == 1
     assert all(not gradient.any() for gradient in kept.steps[0].values())
@@ -105,6 +126,11 @@ def test_two_processes_sample_and_train_as_one(tmp_path: Path) -> None:
     check_two_processes(tmp_path, "cpu_fsdp2_2proc")
 
 
+def test_two_processes_that_share_an_engine_sample_as_one(tmp_path: Path) -> None:
+    """Each holds half of its weights, samples the other's prompts too, and is given new weights after the first step."""
+    check_two_processes(tmp_path, vllm_tensor_parallel_size=2, max_steps=2)
+
+
 def test_the_recipe_that_make_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut down to two steps."""
     monkeypatch.chdir(Path(__file__).parents[1])
@@ -125,7 +151,7 @@ def check_two_processes(folder: Path, config: str = "cpu_2proc", **settings: Any
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]
     sampled = json.loads((folder / "0.json").read_text()) + json.loads((folder / "1.json").read_text())
-    alone, gradient = one_step(folder, 16, **settings)
+    alone, gradient = one_step(folder, 16, **(settings | {"vllm_tensor_parallel_size": 1}))
     assert sampled == alone
     assert relative_error(torch.load(folder / "0.pt"), gradient) < 1e-4
 
@@ -135,6 +161,10 @@ def one_step(folder: Path, batch: int, **settings: Any) -> tuple[list, dict[str,
     kept = Gradients()
     trainer = vllm_trainer(folder, callbacks=[kept], shuffle_dataset=False, per_device_train_batch_size=batch, **settings)
     trainer.train()
+    if (size := settings.get("vllm_tensor_parallel_size", 1)) > 1:
+        model = trainer.stream.sampler.engine.part.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        rows = [module.weight.shape[0] for name, module in model.named_modules() if name.endswith("embed_tokens")]
+        assert rows[0] * size < 2 * trainer.model.get_input_embeddings().weight.shape[0], "it holds its share of the weights"
     assert trainer.rollout is not None
     return [[item.ids for item in group.completions] for group in trainer.rollout.groups], kept.steps[0]
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from grpo_hf.rollout.weight_sync import (
     EngineWeights,
@@ -24,7 +26,9 @@ from grpo_hf.rollout.weight_sync import (
     check_adapter,
     save_adapter,
 )
-from tests.tiny_models import tiny_model
+from tests.tiny_models import MIXTURES, tiny_model
+
+FIRST_EXPERT = {"qwen3_moe": "mlp.experts.0.gate_proj", "mixtral": "block_sparse_moe.experts.0.w1"}
 
 
 def sent(model, *, everything: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -45,6 +49,20 @@ def test_all_weights_are_sent_by_their_names_and_by_reference(family: str) -> No
     weights = sent(model, everything=True)
     assert weights.keys() == dict(model.named_parameters()).keys()
     assert all(weights[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_are_sent_as_checkpoints_have_them(tmp_path: Path, family: str, loaded: bool) -> None:
+    """One by one and under the names that the family has always had, while transformers holds them in one tensor."""
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path) if loaded else model
+    weights, saved = sent(model, everything=True), load_file(tmp_path / "model.safetensors")
+    assert weights.keys() == saved.keys() > {f"model.layers.1.{FIRST_EXPERT[family]}.weight"}
+    assert all(torch.equal(weights[name], saved[name]) for name in saved)
+    shapes = EngineWeights(model, torch.float32, everything=True).shapes()
+    assert list(shapes.items()) == [(name, tuple(weights[name].shape)) for name in weights]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
@@ -141,10 +159,23 @@ def test_an_adapter_alone_travels_after_the_base_weights() -> None:
     assert adapters[0].keys() == adapter_weights(model).keys()
 
 
+def test_a_quantized_base_stays_where_it_is() -> None:
+    """Only the adapter travels, from the first sync on; merged it could not."""
+    model, adapters = lora(), []
+    model.get_base_model().is_quantized = True
+    weights = WeightSync(model, torch.float32, "adapter")
+    for version in (0, 1):
+        weights.run(version, pytest.fail, adapters.append)
+    assert len(adapters) == 2
+    with pytest.raises(ValueError, match=r"quantized model cannot be sent.* set vllm_lora_sync='adapter' and vllm_"):
+        WeightSync(model, torch.float32, "merge")
+
+
 REFUSED = {
     "dora": ({"use_dora": True}, "use_dora=True"),
     "bias": ({"bias": "all"}, "bias='all'"),
     "modules_to_save": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "target_modules"),
+    "another product": ({"init_lora_weights": "mica"}, "not what MiCALinearVariant computes; use a plain LoraConfig"),
     "tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [1]}, "trainable_token_indices"),
 }
 
@@ -153,6 +184,14 @@ REFUSED = {
 def test_adapters_that_cannot_be_merged_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_adapter(lora(**options))
+
+
+def test_trained_weights_beside_an_adapter_travel_merged_or_not_at_all() -> None:
+    model = lora(target_modules=["q_proj"])
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    assert "model.norm.weight" in sent(model, everything=False)
+    with pytest.raises(ValueError, match=r"but 1 weights of the model itself are trained too \(model.norm.weight\); freeze"):
+        check_adapter(model, adapter_only=True)
 
 
 def test_other_adapters_and_tied_heads_are_refused() -> None:

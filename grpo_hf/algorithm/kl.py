@@ -42,6 +42,18 @@ def bias_corrected(kl: Tokens, policy_log_ratio: Tokens) -> Tokens:
     return policy_log_ratio.exp() * kl
 
 
+def kl_to_teacher(batch: TokenBatch) -> tuple[Tokens, dict[str, Tokens]]:
+    """L = r sg[log π_θ - log π_teacher], with a differentiable r = π_θ / π_old: in expectation the gradient of the reverse
+    KL(π_θ || π_teacher) at each token, given what comes before it (on-policy distillation; Agarwal et al. 2024, arXiv
+    2306.13649; Gu et al. 2024, arXiv 2306.08543).
+
+    Metric: "teacher_kl", the k1 estimate of that KL.
+    """
+    assert batch.teacher_logprobs is not None
+    difference = (batch.logprobs - batch.teacher_logprobs).detach()
+    return (batch.logprobs - batch.old_logprobs).exp() * difference, {"teacher_kl": difference}
+
+
 def kl_to_reference(
     batch: TokenBatch, *, estimator: Callable[[Tokens], Tokens] = k3, bias_correction: bool = True
 ) -> tuple[Tokens, dict[str, Tokens]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grpo_hf.algorithm.advantages import credited
 from grpo_hf.algorithm.aggregation import Denominators
 from grpo_hf.types import TokenBatch
 
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 LOSS_FORM = "a loss is def loss(batch: TokenBatch, *, epsilon=0.2) -> (losses [token], metrics {name: values [token]})"
-CREDIT_FORM = "credit is def credit(scores [prompts group objective], weights [objective]) -> advantages [prompts group]"
-OWN_METRICS = ("loss", "reward", "entropy", "kl")
+CREDIT_FORM = (
+    "credit is def credit(scores [prompts group objective], weights [objective], *, lengths) -> advantages [prompts group], "
+    "where it may leave out lengths [prompts group]"
+)
+OWN_METRICS = ("loss", "reward", "entropy", "kl", "teacher_kl", "policy_loss", "entropy_coef")
 """What the run logs itself, which a metric of that name would be mixed into, and which guards look at."""
 TRIAL_SCALES = (1.0, 0.2, 6.0)
 """Of what is tried: with the last, ratios up to e^10 and entropies up to 13 nats, more than a vocabulary of 400,000 has."""
@@ -41,6 +45,7 @@ def trial_batch(scale: float = 1.0) -> TokenBatch:
         lengths=torch.tensor([1, 2, 3, 4]),
         rollout_logprobs=constant - scale * torch.tensor([-0.3, 1.3, -0.4, 0.3, -1.1, -0.2, 0.2, -0.7, 1.1, 0.1]),
         ref_logprobs=constant + scale * torch.tensor([0.2, -0.6, 0.9, -0.1, 0.4, 0.3, -1.2, 0.7, 0.5, -0.8]),
+        teacher_logprobs=constant + scale * torch.tensor([0.3, 0.1, -0.5, 0.6, -0.2, 0.8, 0.1, -0.4, 0.9, -0.3]),
     )
 
 
@@ -56,13 +61,12 @@ def gradient_of(objective: Callable[..., tuple[Tensor, Any]], batch: TokenBatch)
 
 
 def options_of(function: Callable[..., Any], settings: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The keyword-only parameters of a loss that settings have the name of, with their values.
+    """The keyword-only parameters of a loss or credit that settings have the name of, with their values.
 
     Raises:
-        ValueError: it takes something else than one TokenBatch, or an option that is neither a setting nor has a default.
+        ValueError: it has an option that is neither a setting nor has a default.
     """
     parameters = inspect.signature(function).parameters.values()
-    check_arguments(function, 1, f"{what}: {LOSS_FORM}")
     options = [item for item in parameters if item.kind is item.KEYWORD_ONLY]
     unknown = [item.name for item in options if item.name not in settings and item.default is item.empty]
     if unknown:
@@ -99,7 +103,7 @@ def check_loss(loss: Callable[..., Any], batch: TokenBatch, what: str) -> None:
 def check_credit(credit: Callable[..., Any], num_objectives: int, group: int, what: str) -> None:
     """Raises ValueError for credit that makes something else of scores than advantages [prompts group]."""
     scores = torch.rand(group + 1, group, num_objectives, generator=torch.Generator().manual_seed(0))
-    advantages = credit(scores, torch.ones(num_objectives))
+    advantages = credited(credit, scores, torch.ones(num_objectives), torch.ones(scores.shape[:2]))
     if not isinstance(advantages, Tensor) or advantages.shape != scores.shape[:2]:
         raise ValueError(f"{what}: of scores {list(scores.shape)} it made {_described(advantages)}; {CREDIT_FORM}")
 

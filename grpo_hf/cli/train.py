@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from grpo_hf.training.agents import make_toolbox, rewards_of
 from grpo_hf.training.checkpoints import resume_point
 from grpo_hf.training.checks import checked_rewards, with_environment
 from grpo_hf.training.config import GRPOConfig
+from grpo_hf.training.folder import check_writable
+from grpo_hf.training.stopping import RunStopped
 from grpo_hf.training.trainer import GRPOTrainer
 
 
@@ -34,13 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text())
         return 0 if arguments else 2
     run, config = parse(arguments)
-    run_recipe(run, config)
+    status = 0
+    try:
+        run_recipe(run, config)
+    except RunStopped as stopped:
+        status = int(str(stopped.code))
+    except KeyboardInterrupt:  # while a run trains, see GRPOTrainer.train
+        print(
+            "stopped outside of training; a run that has begun goes on with --resume_from_checkpoint auto", file=sys.stderr
+        )
+        return 128 + signal.SIGINT
     # gloo's threads abort a process that ends before they do: let go of the wrapped model, then of the process group. vLLM
     # in this process does the latter itself, with its engine.
     gc.collect()
     if PartialState().num_processes > 1 and not (config.use_vllm and config.vllm_mode == "colocate"):
         PartialState().destroy_process_group()
-    return 0
+    return status
 
 
 def run_recipe(run: RunArguments, config: GRPOConfig) -> None:
@@ -74,13 +86,14 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
         environments = {key: named(spec) for key, spec in environments.items()}
     elif environments is not None:
         environments = named(environments)
-    toolbox = make_toolbox(tools, environments, config)
+    toolbox = make_toolbox(tools, environments, None, config)
     train, held_out = load_data(run)
     rewards, _ = checked_rewards(run.rewards, config, owned=rewards_of(toolbox))
     rows = with_environment(train, "train_dataset", config, toolbox) if toolbox else train
     check_columns(rewards, checked_dataset(rows, "train_dataset").column_names, "train_dataset")
     if run.headline not in (None, *(known := [reward.name for reward in rewards])):
         raise ValueError(f"headline={run.headline!r} is none of the rewards, which are {', '.join(known)}")
+    check_writable(Path(str(config.output_dir)))
     model: Any = run.model_name_or_path
     tokenizer = None
     if run.model_function is not None:
@@ -104,6 +117,7 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
         peft_config=peft_config,
         tools=tools,
         environment_factory=environments,
+        teacher=run.teacher,
     )
 
 
@@ -165,6 +179,6 @@ def first_value(folder: Path, name: str) -> float | None:
     path = folder / "metrics.jsonl"
     if path.is_file():
         for line in path.read_text().splitlines():
-            if line.endswith("}") and name in (entry := json.loads(line)):
+            if line.endswith("}") and (entry := json.loads(line)).get(name) is not None:
                 return entry[name]
     return None

@@ -20,16 +20,22 @@ logger = logging.get_logger(__name__)
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
 """Largest accepted difference of a log-prob, in nats, in float32 and in half precision."""
 
+NOISE = ("dropout", "drop_path", "layerdrop", "jitter")
+"""Parts of the names of numbers that make a model's training forward random."""
+
 CONTINUATIONS = (5, 1, 3)
 """Tokens that follow the prompts which the layouts are tried on, and that follow those again: a tree of three levels."""
 
 
 @torch.no_grad()
-def choose_layout(model: PreTrainedModel, prompts: list[list[int]], requested: str = "auto") -> str:
+def choose_layout(
+    model: PreTrainedModel, prompts: list[list[int]], requested: str = "auto", *, training: bool = False
+) -> str:
     """ "packed" where a token tree gives the same log-probs as the model's own forward row by row, else "padded".
 
     ``prompts`` are the token ids of a few real prompts to try on. The choice is logged with its reason, and the model is
-    left set up for it. Raises ValueError when the requested layout (or, with "auto", neither) gives those log-probs.
+    left set up for it. Raises ValueError when the requested layout (or, with "auto", neither) gives those log-probs;
+    with ``training`` those are of a forward as training runs it, which then has to have no dropout.
     """
     was_training, own_attention = model.training, model.config._attn_implementation
     model.eval()
@@ -39,13 +45,18 @@ def choose_layout(model: PreTrainedModel, prompts: list[list[int]], requested: s
     expected = torch.cat([_row_logprobs(model, sample) for sample in samples])
     tolerance = TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE
     reasons: list[str] = []
-    for layout in ("packed", "padded") if requested == "auto" else (requested,):
-        reason = _why_not(model, layout, samples, expected, tolerance, own_attention)
+    tries = [("packed", "packed", TOKEN_TREE), ("padded", "padded", own_attention)]
+    if model._supports_attention_backend and own_attention != "eager":
+        tries.append(("padded", "padded with eager attention", "eager"))
+    for layout, said, attention in tries:
+        if requested not in ("auto", layout):
+            continue
+        reason = _why_not(model, layout, samples, expected, tolerance, attention, training)
         if reason is None:
             model.train(was_training)
-            logger.warning_once(f"Token layout: {layout}" + "".join(f" ({text})" for text in reasons))
+            logger.warning_once(f"Token layout: {said}" + "".join(f" ({text})" for text in reasons))
             return layout
-        reasons.append(f"not {layout}, since {reason}")
+        reasons.append(f"not {said}, since {reason}")
     raise ValueError(
         f"{type(model).__name__} cannot be trained: no layout gives the log-probs of its own forward within {tolerance} "
         f"nats; {'; '.join(reasons)}. If its head scales or caps its logits, add that to LOGIT_TRANSFORMS."
@@ -53,16 +64,26 @@ def choose_layout(model: PreTrainedModel, prompts: list[list[int]], requested: s
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, so that the policy that is trained is the one that sampled."""
+    """Set every dropout probability, of adapters too, and the jitter of routers to 0, so that the policy that is trained is
+    the one that sampled."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        is_dropout = "dropout" in type(module).__name__.lower()
+        for name, value in vars(module).items():
+            if (is_dropout and name == "p") or any(noise in name for noise in NOISE):
+                if isinstance(value, float):
+                    setattr(module, name, 0.0)
+                elif isinstance(value, dict):  # by adapter
+                    value.update({adapter: 0.0 for adapter, share in value.items() if isinstance(share, float)})
 
 
 def _why_not(
-    model: PreTrainedModel, layout: str, samples: list[TrainingSample], expected: Tensor, tolerance: float, attention: str
+    model: PreTrainedModel,
+    layout: str,
+    samples: list[TrainingSample],
+    expected: Tensor,
+    tolerance: float,
+    attention: str,
+    training: bool,
 ) -> str | None:
     if layout == "packed" and not model._supports_attention_backend:
         return "its attention does not go through transformers' AttentionInterface"
@@ -72,14 +93,24 @@ def _why_not(
     ):
         return "its attention has dropout (disable_dropout=True switches that off)"
     if model._supports_attention_backend:
-        model.set_attn_implementation(TOKEN_TREE if layout == "packed" else attention)
-    batch = packed_batch(samples) if layout == "packed" else padded_batch(samples)
+        model.set_attn_implementation(attention)
+    batch = (packed_batch(samples) if layout == "packed" else padded_batch(samples)).to(model.device)
+
+    def difference(mode: bool) -> float:
+        model.train(mode)
+        return (batch_logprobs(model, batch)[0] - expected).abs().max().item()
+
     try:
-        logprobs, _ = batch_logprobs(model, batch.to(model.device))
+        found = difference(training)
+        of_itself = found if found <= tolerance else difference(False)
     except Exception as error:  # whatever a model's own code makes of a mask or keyword that it was not written for
         return f"its forward ends in {type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip('.')}"
-    difference = (logprobs - expected).abs().max().item()
-    return None if difference <= tolerance else f"its log-probs differ by up to {difference:.3g} nats"
+    finally:
+        model.eval()
+    if found <= tolerance:
+        return None
+    random = " in training alone, where its forward is random otherwise than by a dropout that could be switched off"
+    return f"its log-probs differ by up to {found:.3g} nats" + (random if of_itself <= tolerance else "")
 
 
 def _samples_to_try(prompts: list[list[int]]) -> list[TrainingSample]:

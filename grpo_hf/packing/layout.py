@@ -168,6 +168,7 @@ def _batch(
         rollout_logprobs=_joined([sample.rollout_logprobs for sample in samples], counts),
         old_logprobs=_joined([sample.old_logprobs for sample in samples], counts),
         ref_logprobs=_joined([sample.ref_logprobs for sample in samples], counts),
+        teacher_logprobs=_joined([sample.teacher_logprobs for sample in samples], counts),
     )
 
 

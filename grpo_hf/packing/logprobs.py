@@ -48,6 +48,27 @@ LOGIT_TRANSFORMS: dict[str, Callable[[float, Tensor], Tensor]] = {
 """What some models do to their head's output, by the name of the config field that holds the number."""
 
 
+class Float32Head(nn.Linear):
+    """A head in float32 whatever the rest computes in (ScaleRL; Khatri et al. 2025, arXiv 2510.13786)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The logits in float32, under autocast too."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
+def cast_head_to_fp32(model: PreTrainedModel) -> None:
+    """Make the model's head a `Float32Head`; raises ValueError where it is no linear layer of its own."""
+    head: Any = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight is model.get_input_embeddings().weight:  # type: ignore[union-attr]
+        raise ValueError(
+            f"cast_lm_head_to_fp32=True needs a head apart from the embeddings, and that of {type(model).__name__} is "
+            f"{'tied to them' if type(head) is nn.Linear else type(head).__name__}; load the model in float32 instead: "
+            "model_init_kwargs={'dtype': 'float32'}"
+        )
+    head.float().__class__ = Float32Head
+
+
 def batch_logprobs(model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0) -> tuple[Tokens, Tokens]:
     """log π(o_t) and the entropy of π(. | o_<t) at every target of a micro-batch, in nats, float32.
 
@@ -92,9 +113,11 @@ def head_logprobs(
     chunk = max(1, (logits_per_chunk or max(LOGITS_PER_CHUNK[device], TOKENS_PER_CHUNK * vocab)) // vocab)
     logits_kept = LOGITS_KEPT[device] if logits_kept is None else logits_kept
     rows = torch.arange(len(targets), device=targets.device) if rows is None else rows
-    if type(head) is nn.Linear and head.bias is None and transform is None:
+    if type(head) in (nn.Linear, Float32Head) and head.bias is None and transform is None:
         kept = logits_kept if torch.is_grad_enabled() else 0
-        logprobs, entropy = _FusedLinearLogprobs.apply(hidden, head.weight, targets, rows, temperature, chunk, kept)
+        autocast = torch.is_autocast_enabled(hidden.device.type) and type(head) is nn.Linear
+        with torch.autocast(hidden.device.type, enabled=autocast):
+            logprobs, entropy = _FusedLinearLogprobs.apply(hidden, head.weight, targets, rows, temperature, chunk, kept)
         return logprobs, entropy[rows]
 
     def score(chunk: Hidden, ids: Tensor, rows: Tensor) -> tuple[Tokens, Tokens]:

@@ -23,7 +23,7 @@ BUILT_INS = (
 )
 FORMS = (
     "a verifier is either `def f(completion, COLUMNS) -> float`, called once per sample,"
-    " or `def f(completions, COLUMNS, **kwargs) -> list[float]`, called once per batch"
+    " or `def f(completions, COLUMNS, **kwargs) -> list[float]`, called once per batch, whose **kwargs may hold completions"
 )
 
 
@@ -36,7 +36,7 @@ class Reward:
     function: Callable[..., Any]
     """The user's function, with its options bound."""
     per_sample: bool
-    """True for a function of `completion`, False for a function of `completions`."""
+    """True for a function of `completion`, False for a function of `completions`, be it among its `**kwargs`."""
     columns: tuple[str, ...]
     """Parameters without a default: columns that the dataset must have."""
     optional_columns: tuple[str, ...]
@@ -76,8 +76,9 @@ def describe(name: str, function: Callable[..., Any]) -> Reward:
     """Read a verifier's signature."""
     parameters = inspect.signature(function).parameters.values()
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     per_sample = "completion" in named
-    if per_sample == ("completions" in named):
+    if per_sample == ("completions" in named) and (per_sample or not takes_all):
         have = "both" if per_sample else "neither"
         raise ValueError(f"the verifier {name!r} has {have} of the parameters completion and completions; {FORMS}")
     misfit = "prompts" if per_sample else "prompt"
@@ -96,7 +97,7 @@ def describe(name: str, function: Callable[..., Any]) -> Reward:
         optional_columns=tuple(key for key, p in columns.items() if p.default is not p.empty),
         built_ins=tuple(key for key in free if key in BUILT_INS),
         bound=bound,
-        takes_all=any(p.kind is p.VAR_KEYWORD for p in parameters),
+        takes_all=takes_all,
         is_async=is_async(function),
         in_process=getattr(inner, "in_process", False),
         gold_column=gold_column if per_sample and gold_column in free else None,

@@ -65,6 +65,10 @@ class Request:
     max_tokens: int
     """Tokens of each at most."""
 
+    def __post_init__(self) -> None:
+        if not self.ids or self.max_tokens < 1:
+            raise ValueError(f"a request of {len(self.ids)} ids and max_tokens={self.max_tokens}; each must be 1 or more")
+
 
 class Requests(Protocol):
     """An engine at work: requests are added while others are being sampled, and come back in the order in which they end."""

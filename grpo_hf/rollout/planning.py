@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grpo_hf.algorithm.advantages import credited
 from grpo_hf.algorithm.aggregation import Denominators
 from grpo_hf.packing.layout import num_tokens
 from grpo_hf.rollout.peers import Peers
@@ -110,9 +111,11 @@ class Plan:
 
 def assign_advantages(groups: list[Group], credit: Credit, weights: Sequence[float], peers: Peers) -> None:
     """Set `completion.advantage` from the scores of all processes, each of which holds as many groups; 0 without reward."""
-    everyone = peers.gather([[scores_of(completion) for completion in group.completions] for group in groups])
-    rows = [row for part in everyone for row in part]
-    advantages = credit(torch.tensor(rows, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64))
+    mine = [[(scores_of(item), num_sampled(item)) for item in group.completions] for group in groups]
+    rows = [row for part in peers.gather(mine) for row in part]
+    scores = torch.tensor([[scored for scored, _ in row] for row in rows], dtype=torch.float64)
+    lengths = torch.tensor([[length for _, length in row] for row in rows], dtype=torch.float64)
+    advantages = credited(credit, scores, torch.tensor(weights, dtype=torch.float64), lengths)
     for group, row in zip(groups, advantages[peers.rank * len(groups) :].tolist(), strict=False):
         for completion, advantage in zip(group.completions, row, strict=True):
             completion.advantage = advantage
@@ -183,7 +186,7 @@ def num_sampled(completion: Completion) -> int:
 def until(sample: TrainingSample, stop: int) -> TrainingSample:
     """The first ``stop`` tokens of a sample, with what belongs to them."""
     targets = int(sample.is_target[:stop].sum())
-    names = ("versions", "rollout_logprobs", "old_logprobs", "ref_logprobs")
+    names = ("versions", "rollout_logprobs", "old_logprobs", "ref_logprobs", "teacher_logprobs")
     per_target: dict[str, Any] = {name: value[:targets] for name in names if (value := getattr(sample, name)) is not None}
     per_token: dict[str, Any] = {name: getattr(sample, name)[:stop] for name in ("ids", "is_target", "advantages")}
     return replace(sample, **per_token, **per_target)

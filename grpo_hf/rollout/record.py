@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers.utils import logging
 
+from grpo_hf.files import sync
 from grpo_hf.metrics import Metrics
 from grpo_hf.rewards.faults import Tally
 from grpo_hf.rewards.settings import FOLLOWED
@@ -49,6 +50,7 @@ def write_rollout(folder: Path, rollout: Rollout, *, step: int, process: int) ->
     path = folder / f"rollout-{rollout.index:06d}-{process}.parquet"
     partial = path.with_suffix(".partial")
     pq.write_table(pa.Table.from_pylist(rows), partial)
+    sync(partial)
     os.replace(partial, path)
     return path
 

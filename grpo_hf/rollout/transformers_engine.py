@@ -159,7 +159,8 @@ class TransformersRequests:
 
     def add(self, key: Hashable, ids: list[int], seed: int, count: int = 1, max_tokens: int | None = None) -> None:
         """See Requests.add."""
-        self.waiting.append(Request(key, ids, seed, count, max_tokens or self.sampling.max_completion_length))
+        limit = self.sampling.max_completion_length if max_tokens is None else max_tokens
+        self.waiting.append(Request(key, ids, seed, count, limit))
 
     def finished(self, timeout: float | None = None) -> list[tuple[Hashable, list[Completion]]]:
         """See Requests.finished."""

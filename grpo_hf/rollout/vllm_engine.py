@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_hf.rollout import vllm_support
 from grpo_hf.rollout.engine import Sampling
-from grpo_hf.rollout.vllm_plugin import divide_logits, refresh_tied_head
+from grpo_hf.rollout.vllm_plugin import divide_logits, keep_experts_packed, refresh_tied_head
 from grpo_hf.rollout.weight_sync import EngineWeights, WeightSync, save_adapter
 from grpo_hf.types import Completion
 
@@ -68,6 +68,11 @@ class VLLMEngine:
         vllm_support.check_context(lm.config, max_model_length)
         vllm_support.check_sampling(sampling)
         self.weights = WeightSync(model, dtype, lora_sync)
+        if self.weights.base_stays:
+            raise ValueError(
+                "vLLM in this process has its weights from the trainer, and a quantized model has none to give; set "
+                "vllm_mode='server' and start a server with that model, or set use_vllm=False"
+            )
         self.adapter: dict[str, Any] = {}
         self.at_work: VLLMRequests | None = None
         self.filtered, self.sleep_mode = vllm_support.has_filters(sampling), sleep_mode and lm.device.type != "cpu"
@@ -75,6 +80,8 @@ class VLLMEngine:
         if lm.device.type == "cpu":
             with as_it_was():
                 vllm_support.check_cpu_attention(lm.config)
+            if self.weights.adapter_only:
+                vllm_support.check_cpu_adapter(lm)
             weight_bytes = lm.num_parameters() * dtype.itemsize
             cache = vllm_support.kv_cache_bytes(lm.config, dtype, max_model_len=max_model_length, weight_bytes=weight_bytes)
             # The default block of 128 tokens would keep groups from sharing any shorter prompt.
@@ -92,6 +99,7 @@ class VLLMEngine:
             **(vllm_support.lora_options(model) if self.weights.adapter_only else {}),
             **(memory | options),
         )
+        self.llm.apply_model(keep_experts_packed)
         if self.filtered:
             self._divide_logits(sampling.temperature)  # to find out here if this model has no place for it
         self._sleep()

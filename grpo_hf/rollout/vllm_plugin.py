@@ -1,12 +1,19 @@
-"""What grpo_hf adds to a vLLM server: weights from a file that both sides see, and log-probs with temperature and filters.
+"""What grpo_hf adds to a vLLM server: weights from a file that both sides see, log-probs with temperature and filters, and a
+key for all routes.
 
 vLLM finds `register` through its plugin entry point in each of its processes, wherever grpo_hf is installed.
 """
 
 from __future__ import annotations
 
+import hmac
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from grpo_hf.rollout.vllm_client import KEY
 
 FILE_BACKEND = "grpo_hf_file"
 """The weight transfer backend for machines without NCCL: vLLM's own all need CUDA."""
@@ -46,6 +53,7 @@ def _file_engine() -> type:
 
         def start_weight_update(self) -> None:
             """Prepare for weights in a checkpoint's form."""
+            keep_experts_packed(self.model)
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: FileUpdateInfo) -> None:
@@ -79,6 +87,28 @@ class WorkerExtension:
         divide_logits(self.model_runner.get_model(), float(divisor))
 
 
+class KeyOnEveryRoute:
+    """ASGI middleware: without the server's key a request is answered 401, but for whether the server lives.
+
+    vLLM's own looks at the routes of its public interface alone, not at those that take weights.
+    """
+
+    def __init__(self, app: Any):
+        self.app, self.key = app, f"Bearer {os.environ[KEY]}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Hand it on, or refuse it."""
+        given = dict(scope.get("headers", ())).get(b"authorization", b"")
+        is_request = scope["type"] in ("http", "websocket")
+        if not is_request or scope["path"] == "/health" or hmac.compare_digest(given, self.key):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await send({"type": "http.response.start", "status": 401, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"the key is missing or wrong"})
+
+
 def refresh_tied_head(model: Any) -> None:
     """On the CPU a head that shares the embeddings' weight multiplies with a packed copy, which a reload leaves stale."""
     head: Any = getattr(model, "lm_head", None)
@@ -87,10 +117,26 @@ def refresh_tied_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
+def keep_experts_packed(model: Any) -> None:
+    """On the CPU experts multiply with packed weights, and vLLM packs those of the first load alone: pack each reload's."""
+    for layer in model.modules():
+        method: Any = getattr(layer, "quant_method", None)
+        packs = getattr(method, "moe_kernel", None) is not None and next(layer.parameters()).device.type == "cpu"
+        if packs and "process_weights_after_loading" not in vars(method):
+            method.process_weights_after_loading = partial(_process_and_pack, method.process_weights_after_loading)
+
+
+def _process_and_pack(process: Callable[[Any], None], layer: Any) -> None:
+    process(layer)
+    layer.quant_method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+
 def divide_logits(model: Any, divisor: float) -> None:
     """Make every log-prob and sample that of logits / divisor; the model's own scale of them stays in."""
     processor: Any = getattr(model, "logits_processor", None)
     if not hasattr(processor, "scale"):
+        if divisor == 1:
+            return
         raise ValueError(
             "top_p, top_k, min_p and repetition_penalty need log-probs before them, and vLLM's form of this model gives no "
             "access to its logits; leave them unset, or set use_vllm=False"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import uuid
 from collections.abc import Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any
@@ -22,7 +20,7 @@ from grpo_hf.rollout import vllm_support
 from grpo_hf.rollout.engine import EngineLostError, Request, Sampling
 from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.vllm_client import HOW_TO_START, ServerInfo, ServerLostError, VLLMClient
-from grpo_hf.rollout.vllm_transfer import make_transfer, roomy_folder
+from grpo_hf.rollout.vllm_transfer import make_transfer, shared_folder
 from grpo_hf.rollout.weight_sync import EngineWeights, WeightSync, save_adapter
 from grpo_hf.types import Completion
 
@@ -32,6 +30,8 @@ AT_A_TIME = 512
 """Requests of one process that are with the server at a time."""
 LOOK_EVERY = 10.0
 """Seconds without an answer after which the server is asked whether it is still there."""
+OWN_BASE = "base/"
+"""Begins the names of weights whose base is the one that the server was started with."""
 TRIES = 3
 """Weight syncs that a server which stays up may fail, and times in a row that it may lose all that it was asked for."""
 
@@ -39,9 +39,10 @@ TRIES = 3
 class VLLMServerEngine:
     """Samples this process's prompts on a server that all processes share.
 
-    Process 0 hands the server weights, under a name that no other sync has. An answer counts only if the server still has
-    that name after the answer has arrived: a server that was started anew has lost it. What was under way when the server
-    went is sampled again, with the same seeds, once it is back and has the weights.
+    Process 0 hands the server weights, and what their logits are divided by, under a name that no other sync has; while it
+    does, the server has none that counts. An answer counts only if the server still has that name after it has arrived: a
+    server that was started anew, or that another trainer uses, has lost it. What was under way when the server went is
+    sampled again, with the same seeds, once it is back and has the weights.
     """
 
     def __init__(
@@ -72,6 +73,9 @@ class VLLMServerEngine:
         self.transfer = make_transfer(self.client, self.info, folder=weights_folder, port=group_port)
         self.run, self.syncs, self.version = self.peers.gather(uuid.uuid4().hex)[0], 0, 0
         self.adapter: str | None = None
+        self.divisor = self._divisor(sampling)
+        self.named: str | None = None
+        """What the server was last told."""
         self.threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="vllm")
 
     # ---- Weights
@@ -84,21 +88,23 @@ class VLLMServerEngine:
             self.syncs += self.weights.held != self.weights.stamp(version)
             try:
                 self.weights.run(version, self._load, self._load_adapter)
+                if self.peers.rank == 0 and self.named != self._name():
+                    self._name_weights()
             except (OSError, ValueError) as error:  # the other processes must hear of it
                 problem = str(error)
             problems = [text for text in self.peers.gather(problem) if text]
             if not problems:
+                self.named = self._name()
                 return
-            self.weights.forget()
-            self.transfer.forget()
+            self._forget()
             if attempt == TRIES:
                 raise EngineLostError(f"the vLLM server at {self.client.base_url} did not take weights: {problems[0]}")
             self._wait_until_up()
 
     def _load(self, weights: EngineWeights) -> None:
         if self.peers.rank == 0:
+            self._in_flux()
             self.transfer.send(weights)
-            self._name_weights()
         elif self.weights.sharded:
             for _ in weights:  # every process has to take part in putting them together
                 pass
@@ -107,26 +113,49 @@ class VLLMServerEngine:
         before, self.adapter = self.adapter, f"{self.run}-{self.syncs}"
         if self.peers.rank > 0:
             return
-        size = sum(tensor.nbytes for tensor in weights.values())
-        with tempfile.TemporaryDirectory(prefix="grpo_hf_", dir=self.folder or roomy_folder(size)) as folder:
-            save_adapter(self.weights.model, weights, Path(folder))
-            self.client.post("/v1/load_lora_adapter", {"lora_name": self.adapter, "lora_path": folder})
+        if self.weights.base_stays and not (found := self.client.weight_version()).startswith(("default", OWN_BASE)):
+            raise ValueError(
+                f"it has the base weights of another run ({found}), not those that it was started with; restart it"
+            )
+        self._in_flux()
+        with shared_folder(sum(tensor.nbytes for tensor in weights.values()), self.folder) as folder:
+            save_adapter(self.weights.model, weights, folder)
+            self.client.post("/v1/load_lora_adapter", {"lora_name": self.adapter, "lora_path": str(folder)})
         if before in self.client.models():
             self.client.post("/v1/unload_lora_adapter", {"lora_name": before})
-        self._name_weights()
+
+    def _in_flux(self) -> None:
+        """From here on no group counts, this trainer's or another's, until the server is named again."""
+        self.client.post("/update_weight_version", {"new_version": f"in flux by {self.run}"})
 
     def _name_weights(self) -> None:
+        if self.info.extended:  # a temperature that an earlier run has left would stay
+            self._in_flux()
+            self.client.post("/collective_rpc", {"method": "grpo_hf_divide_logits", "args": [str(self.divisor)]})
         self.client.post("/reset_prefix_cache")  # keys and values of the old weights would be taken for the new ones'
         self.client.post("/update_weight_version", {"new_version": self._name()})
 
     def _name(self) -> str:
-        return f"{self.run}/{self.syncs}"
+        return f"{OWN_BASE if self.weights.base_stays else ''}{self.run}/{self.syncs}/{self.divisor:g}"
+
+    def _divisor(self, sampling: Sampling) -> float:
+        """What the server's logits are divided by: a temperature that goes into log-probs before filters."""
+        return sampling.temperature or 1.0 if self.filtered and self.info.extended else 1.0
+
+    def _forget(self) -> None:
+        """The server may have lost all that it was given."""
+        self.weights.forget()
+        self.transfer.forget()
+        self.named = None
 
     # ---- Samples
 
     def requests(self, sampling: Sampling) -> ServerRequests:
         """See Engine.requests."""
         vllm_support.check_sampling(sampling)
+        if self.divisor != (divisor := self._divisor(sampling)):
+            self.divisor = divisor
+            self.sync_weights(self.version)
         return ServerRequests(self, sampling)
 
     def abort(self) -> None:
@@ -138,16 +167,15 @@ class VLLMServerEngine:
     def restore(self) -> None:
         """Wait for a server that was lost, all processes together, and give it the trainer's weights."""
         self._wait_until_up()
-        self.weights.forget()
-        self.transfer.forget()
+        self._forget()
         self.sync_weights(self.version)
 
     def _wait_until_up(self) -> None:
         """All processes together, so that either all go on or all stop."""
-        if not all(self.peers.gather(self.client.wait_until_up())):
+        if problems := [problem for problem in self.peers.gather(self.client.wait()) if problem]:
             raise EngineLostError(
-                f"no vLLM server has answered at {self.client.base_url} for {self.client.timeout:.0f} s "
-                f"(vllm_server_timeout); {HOW_TO_START}"
+                f"no vLLM server samples at {self.client.base_url} for {self.client.timeout:.0f} s (vllm_server_timeout): "
+                f"it {problems[0]}; {HOW_TO_START}"
             )
 
 
@@ -184,9 +212,9 @@ class ServerRequests:
     def add(self, key: Hashable, ids: list[int], seed: int, count: int = 1, max_tokens: int | None = None) -> None:
         """See Requests.add."""
         self.engine.weights.check()
-        request = Request(key, ids, seed, count, max_tokens or self.sampling.max_completion_length)
-        vllm_support.check_request(ids, request.max_tokens, self.engine.info.max_model_len)
-        self._submit(request)
+        limit = self.sampling.max_completion_length if max_tokens is None else max_tokens
+        vllm_support.check_request(ids, limit, self.engine.info.max_model_len)
+        self._submit(Request(key, ids, seed, count, limit))
 
     def _submit(self, request: Request) -> None:
         future = self.threads.submit(self.ask, request)
@@ -225,7 +253,7 @@ class ServerRequests:
         self.progress += len(found)
         client = self.engine.client
         if monotonic() - self.heard > LOOK_EVERY:
-            if not client.is_up() and not client.wait_until_up():
+            if client.problem() and client.wait():
                 client.reopen()  # which ends all that were waiting for it
             self.heard = monotonic()
         return found
@@ -266,24 +294,15 @@ class _Ask:
             "return_tokens_as_token_ids": True,  # no text where only numbers are read
             "add_special_tokens": False,
         }
-        self.is_ready = not (engine.filtered and engine.info.extended) or self._divide_logits(sampling.temperature)
-
-    def _divide_logits(self, temperature: float) -> bool:
-        """The temperature goes into the logits, see logprobs_mode; False where the server is away."""
-        self.body["temperature"] = 0.0 if temperature == 0 else 1.0
-        try:
-            self.client.post("/collective_rpc", {"method": "grpo_hf_divide_logits", "args": [str(temperature or 1.0)]})
-        except ServerLostError:
-            if self.client.is_up():
-                raise
-            return False
-        return True
+        if engine.filtered and engine.info.extended:  # the temperature is in the logits, see logprobs_mode
+            self.body["temperature"] = 0.0 if sampling.temperature == 0 else 1.0
 
     def __call__(self, request: Request) -> list[Completion] | None:
         body = {"prompt": request.ids, "seed": request.seed, "n": request.count, "max_tokens": request.max_tokens}
         try:
-            answer = self.client.post("/v1/completions", self.body | body) if self.is_ready else None
-            return [self._completion(choice) for choice in answer["choices"]] if answer and self._is_current() else None
+            answer = self.client.post("/v1/completions", self.body | body)
+            whole = all(choice["finish_reason"] != "abort" for choice in answer["choices"])  # by somebody's /pause
+            return [self._completion(choice) for choice in answer["choices"]] if whole and self._is_current() else None
         except ServerLostError:
             return None
         except ValueError:

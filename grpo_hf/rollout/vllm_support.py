@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 from packaging.version import Version
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from grpo_hf.rollout.engine import Sampling
 
@@ -138,6 +138,15 @@ def check_cpu_attention(config: PretrainedConfig) -> None:
         raise ValueError(
             f"vLLM on the CPU has no attention for heads of size {head_size(config)}, only for "
             f"{', '.join(map(str, sizes))}; set use_vllm=False"
+        )
+
+
+def check_cpu_adapter(lm: PreTrainedModel) -> None:
+    """Raise ValueError for a model beside which vLLM's CPU build holds no adapter."""
+    if any(".experts." in name for name, _ in lm.named_parameters()):
+        raise ValueError(
+            "vllm_lora_sync='adapter': vLLM on the CPU holds no adapter beside a mixture of experts, whose kernels for that "
+            "need a GPU; use vllm_lora_sync='merge'"
         )
 
 

@@ -1,8 +1,9 @@
 """The one place where weights go from the trainer to an engine: which tensors, under which names, and of which version.
 
 An engine holds a plain causal LM. Under LoRA it gets W + s B A for each adapted layer, made out of place, one tensor at a
-time: the trainer's own W never changes, so nothing drifts however often weights are sent. Or it gets W once and then the
-adapter alone. Weights that FSDP2 or ZeRO-3 have cut up are put together one tensor at a time, by all processes at once.
+time: the trainer's own W never changes, so nothing drifts however often weights are sent. Or it gets W once, or brings it
+itself where it is quantized, and then the adapter alone. Weights that FSDP2 or ZeRO-3 have cut up are put together one
+tensor at a time, by all processes at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 
 Stamp = tuple[int, int]
 """Finished updates, and how often torch has seen the trained tensors written to, which also tells two runs of one trainer
@@ -48,8 +52,9 @@ class WeightSync:
     """The weights that the engine holds; None before the first sync."""
 
     def __post_init__(self) -> None:
-        check_adapter(self.model)
         self.adapter_only = self.lora_sync == "adapter" and isinstance(self.model, PeftModel)
+        self.base_stays = is_quantized(self.model)
+        check_adapter(self.model, adapter_only=self.adapter_only)
 
     @property
     def sharded(self) -> bool:
@@ -68,10 +73,14 @@ class WeightSync:
         if self.held == stamp:
             return
         everything, self.held = self.held is None, None  # None while a sync may be half done
-        if everything or not self.adapter_only:
+        if (everything and not self.base_stays) or not self.adapter_only:
             load(EngineWeights(self.model, self.dtype, everything=everything, merged=not self.adapter_only))
         if self.adapter_only:
-            load_adapter(adapter_weights(self.model))
+            try:
+                load_adapter(adapter_weights(self.model))
+            except ValueError as error:
+                hint = "" if self.base_stays else ", use vllm_lora_sync='merge'"
+                raise ValueError(f"vLLM does not take this adapter{hint}: {error}") from error
         self.held = stamp
 
     def forget(self) -> None:
@@ -89,27 +98,37 @@ class EngineWeights:
     """(name, tensor) of the causal LM as a checkpoint has it, adapters merged: everything, or what training can change.
 
     A tensor is made when iteration comes to it. An engine fuses layers, q, k and v say, and loads a fused layer whole or
-    not at all. So with one trained tensor its neighbours under the same parent module travel too.
+    not at all. So with one trained tensor its neighbours under the same parent module travel too. Where transformers
+    itself holds weights in another form than checkpoints do, such as all experts in one tensor, each such parent's are
+    made together.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, everything: bool, merged: bool = True):
+        lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         pieces = list(_pieces(model))
         changed = {_fused_with(piece.name) for piece in pieces if piece.trained}
+        wanted = [piece for piece in pieces if everything or _fused_with(piece.name) in changed]
         self.dtype, self._merged = dtype, merged
-        self._pieces = [piece for piece in pieces if everything or _fused_with(piece.name) in changed]
+        self._as_saved: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+        self._groups = [[piece] for piece in wanted]
+        if get_model_conversion_mapping(lm, add_legacy=False):
+            self._as_saved = partial(revert_weight_conversion, lm)
+            self._groups = [list(group) for _, group in groupby(wanted, lambda piece: _fused_with(piece.name))]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return ((piece.name, piece.value(self.dtype, merged=self._merged)) for piece in self._pieces)
+        for group in self._groups:
+            yield from self._as_saved({piece.name: piece.value(self.dtype, merged=self._merged) for piece in group}).items()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the whole tensors, by name."""
-        return {piece.name: tuple(getattr(piece.parameter, "ds_shape", piece.parameter.shape)) for piece in self._pieces}
+        empty = [{piece.name: torch.empty(piece.shape, device="meta") for piece in group} for group in self._groups]
+        return {name: tuple(tensor.shape) for group in empty for name, tensor in self._as_saved(group).items()}
 
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:
     """The active adapter's tensors under PEFT's names, copied: an engine may scale in place what it is handed."""
     with _whole(parameter for parameter in model.parameters() if parameter.requires_grad):
-        weights = get_peft_model_state_dict(model)
+        weights = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
         return {name: _full(value).clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
 
 
@@ -130,6 +149,11 @@ class _Piece:
     @property
     def trained(self) -> bool:
         return self.adapter is not None or self.parameter.requires_grad
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))
 
     @torch.no_grad()
     def value(self, dtype: torch.dtype, *, merged: bool) -> Tensor:
@@ -185,11 +209,19 @@ NOT_MERGED = {
 """Settings of LoraConfig that an engine cannot be given by merging, and why."""
 
 
-def check_adapter(model: nn.Module) -> None:
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the causal LM's weights are held in a form that no engine can be sent: it has to bring them itself."""
+    return bool(getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False))
+
+
+def check_adapter(model: nn.Module, *, adapter_only: bool = False) -> None:
     """Raise ValueError for an adapter, or a base model, whose weights could not be sent."""
-    quantized = getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False)
-    if quantized:
-        raise ValueError("weights of a quantized model cannot be sent to vLLM; load it unquantized, or set use_vllm=False")
+    if is_quantized(model) and not adapter_only:
+        raise ValueError(
+            "weights of a quantized model cannot be sent to vLLM. A LoRA adapter can, to a server that was started with the "
+            "same base model: set vllm_lora_sync='adapter' and vllm_mode='server'. Or load it unquantized, or set "
+            "use_vllm=False"
+        )
     if not isinstance(model, PeftModel):
         return
     config = model.peft_config[model.active_adapter]
@@ -201,8 +233,19 @@ def check_adapter(model: nn.Module) -> None:
             raise ValueError(
                 f"vLLM cannot sample with LoraConfig({name}={getattr(config, name)!r}): {why}, or use_vllm=False"
             )
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if variants := {type(variant).__name__ for layer in layers for variant in layer.lora_variant.values()}:
+        raise ValueError(
+            f"vLLM gets W + s B A of a LoRA, or B and A, which is not what {', '.join(sorted(variants))} computes; use a "
+            "plain LoraConfig, or set use_vllm=False"
+        )
     if config.bias != "none":
         raise ValueError(f"vLLM cannot sample with LoraConfig(bias={config.bias!r}): set bias='none', or use_vllm=False")
+    if adapter_only and (moving := [piece.name for piece in _pieces(model) if piece.parameter.requires_grad]):
+        raise ValueError(
+            f"vllm_lora_sync='adapter' sends the adapter alone, but {len(moving)} weights of the model itself are trained "
+            f"too ({', '.join(moving[:3])}); freeze them, or set vllm_lora_sync='merge'"
+        )
     _check_tied(model.get_base_model())
 
 

@@ -20,10 +20,16 @@ from grpo_hf.training.config import GRPOConfig
 from grpo_hf.types import Completion, Prompt
 
 
-def make_toolbox(tools: list[Callable[..., Any]] | None, environments: Any, args: GRPOConfig) -> Toolbox | None:
-    """The tools and environments of a run; None without any."""
+def make_toolbox(tools: Any, environments: Any, rollout_func: Any, args: GRPOConfig) -> Toolbox | None:
+    """The tools and environments of a run; None without any. Raises ValueError where they cannot be."""
     if not tools and not environments:
         return None
+    if rollout_func is not None:
+        raise ValueError("a rollout_func makes whole completions, with calls of tools: give it, or tools and environments")
+    if args.rollout_ahead:
+        raise ValueError("rollout_ahead=1 would sample later turns from weights that have changed; set rollout_ahead=0")
+    if args.vllm_tensor_parallel_size > 1:
+        raise ValueError("vllm_tensor_parallel_size > 1 takes no later turns in process; set vllm_mode='server' for tools")
     return Toolbox(tools, environments, args.tool_settings())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -18,8 +17,8 @@ from transformers import ProgressCallback, TrainerCallback
 from grpo_hf.metrics import Metrics
 from grpo_hf.report import write_report
 from grpo_hf.training import checks
+from grpo_hf.training.folder import RunFolder
 from grpo_hf.training.guards import Guards, Seen
-from grpo_hf.training.recorder import keep_until
 from grpo_hf.training.throughput import step_line
 from grpo_hf.types import Group
 
@@ -56,19 +55,20 @@ class RewardProgress(ProgressCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log line to <output_dir>/metrics.jsonl, the step first."""
+    """Appends every log line to <output_dir>/metrics.jsonl, the step first; of these a checkpoint holds only the last, and a
+    run that goes on reads the file."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """On a resume, drop the lines of steps that a killed run has taken after its last checkpoint."""
-        if state.is_world_process_zero and state.global_step:
-            keep_until(Path(args.output_dir, "metrics.jsonl"), state.global_step)
+        """Of a checkpoint that was moved without its run's metrics, there are no more than it holds."""
+        if self.folder.history:
+            state.log_history = self.folder.history
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            path = Path(args.output_dir, "metrics.jsonl")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            self.folder.write({"step": state.global_step, **logs})
 
 
 class StepClock(TrainerCallback):
@@ -86,7 +86,10 @@ class StepClock(TrainerCallback):
         self.phase.__exit__(None, None, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run's last steps are logged too, however many there are since the last line."""
         state.epoch = state.global_step / self.updates_per_epoch
+        if args.logging_strategy != "no" and (control.should_training_stop or state.global_step >= state.max_steps):
+            control.should_log = True
 
 
 class FiniteWeights(TrainerCallback):

@@ -1,37 +1,38 @@
-"""Saving and loading what this trainer adds to checkpoints, which of them are whole, and whether one is of this very run.
+"""Saving and loading what this trainer adds to checkpoints, and which of them are whole.
 
-A checkpoint is whole once its manifest is there, which is written last and holds every file's size and digest. A run that
-is killed while it saves leaves a checkpoint without one; a file that is damaged later does not fit its digest.
+A checkpoint is whole once its manifest is there, which is written last, when all else is on the disk, and holds every
+file's size and digest. A run that is killed while it saves leaves a checkpoint without one; a file that is damaged later
+does not fit its digest. What is loaded is tensors and plain data: no checkpoint can make this process run its code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from enum import Enum
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FunctionType
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from transformers.utils import logging
 
+from grpo_hf.files import sync, write_whole
 from grpo_hf.metrics import Metrics
-from grpo_hf.rewards import Reward
 from grpo_hf.rollout.peers import Peers
+from grpo_hf.rollout.planning import Update, shares
 from grpo_hf.rollout.prompts import PromptSet
-from grpo_hf.training.config import GRPOConfig
+from grpo_hf.rollout.stream import Rollout
 from grpo_hf.training.guards import is_disk_full
+from grpo_hf.training.plain import from_plain, to_plain
 
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
+FORM = 2
+"""Of a checkpoint; changes when an older trainer's could not be read."""
 
 
 class Stateful(Protocol):
@@ -56,19 +57,32 @@ class Checkpoints:
     """The processes."""
     metrics: Metrics
     """Where it is written that a disk was full."""
+    prompts: PromptSet
+    """The training data, which a checkpoint knows by the numbers of its rows."""
     unsaved: str | None = None
     """Why the last checkpoint is not there, when it is not."""
     failures: int = 0
     """Checkpoints that could not be saved."""
 
-    def save(self, folder: Path, others: Callable[[], None], more: dict[str, Any], *, run: dict[str, Any]) -> bool:
-        """Write a checkpoint: what ``others`` writes, the parts, ``more``, and last the manifest of this ``run``.
+    def save(
+        self,
+        folder: Path,
+        others: Callable[[], None],
+        more: dict[str, Any],
+        *,
+        run: dict[str, Any],
+        weights_only: bool = False,
+    ) -> bool:
+        """Write a checkpoint: what ``others`` writes, the parts, ``more``, and last the manifest of this ``run``;
+        ``weights_only``: it lacks what a run would need to go on.
 
         On a full disk what was written is removed, with a warning, and the answer is False.
         """
         problems = self.peers.gather(self._unless_disk_full(folder, lambda: self._write(folder, others, more)))
         if not any(problems) and self.peers.rank == 0:
-            problems = [self._unless_disk_full(folder, lambda: finish(folder, run))]
+            manifest: dict[str, Any] = {"form": FORM, "weights_only": weights_only, "processes": self.peers.count}
+            manifest |= {"shared": [*self.shared], "run": run}
+            problems = [self._unless_disk_full(folder, lambda: finish(folder, manifest))]
         self.unsaved = next((problem for part in self.peers.gather(problems) for problem in part if problem), None)
         if self.unsaved:
             self.failures += 1
@@ -85,18 +99,35 @@ class Checkpoints:
         if self.peers.rank == 0:
             for name, part in self.shared.items():
                 torch.save(part.state_dict(), folder / f"{name}.pt")
-        save_part(more | {name: part.state_dict() for name, part in self.parts.items()}, folder, self.peers.rank)
+        state = more | {name: part.state_dict() for name, part in self.parts.items()}
+        save_part(to_plain(state), folder, self.peers.rank)
 
-    def load(self, folder: Path, device: torch.device) -> dict[str, Any]:
-        """Give every part its state; returns all that was saved, with ``more``."""
+    def load(self, folder: Path, device: torch.device, *, sampled_otherwise: bool = False) -> dict[str, Any]:
+        """Give every part its state; returns all that was saved, with ``more``. ``sampled_otherwise``: what was sampled
+        ahead is sampled again."""
         if device.type == "cpu":  # of several processes it is cpu:1, say, which torch.load does not know
             device = torch.device("cpu")
-        state = torch.load(folder / f"rollout-{self.peers.rank}.pt", map_location="cpu", weights_only=False)
+        manifest = read_manifest(folder)
+        if unused := set(manifest["shared"]) - self.shared.keys():
+            raise ValueError(
+                f"{folder} holds a moving {', '.join(unused)}, which this run has none of; set beta and sync_ref_model as "
+                "they were"
+            )
+        if manifest["processes"] == self.peers.count:
+            state = self._read(folder, self.peers.rank)
+        else:
+            states = [self._read(folder, rank) for rank in range(manifest["processes"])]
+            state = for_other_processes(states, step_of(folder), self.peers)
+        if sampled_otherwise:
+            state["stream"]["ahead"] = None
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        for name, part in self.shared.items():
-            part.load_state_dict(torch.load(folder / f"{name}.pt", map_location=device))
+        for name in manifest["shared"]:
+            self.shared[name].load_state_dict(torch.load(folder / f"{name}.pt", map_location=device, weights_only=True))
         return state
+
+    def _read(self, folder: Path, rank: int) -> dict[str, Any]:
+        return from_plain(torch.load(folder / f"rollout-{rank}.pt", map_location="cpu", weights_only=True), self.prompts)
 
     def _unless_disk_full(self, folder: Path, write: Callable[[], None]) -> str | None:
         """Call it; what to say when the disk is full."""
@@ -116,29 +147,79 @@ def save_part(state: dict[str, Any], checkpoint: Path, rank: int) -> None:
     torch.save(state, checkpoint / f"rollout-{rank}.pt")
 
 
+def for_other_processes(states: list[dict[str, Any]], step: int, peers: Peers) -> dict[str, Any]:
+    """What one of ``peers`` goes on with, of a checkpoint that as many processes as there are states have written.
+
+    Groups whose updates are to be run are shared anew. What was sampled ahead is sampled again, and the next log line is of
+    the steps from here on.
+    """
+    state: dict[str, Any] = states[0] | {"recorder": {"metrics": Metrics().state_dict(), "logged": step}}
+    state["stream"] = state["stream"] | {"ahead": None}
+    if state["rollout"] is not None:
+        parts = zip(*(other["rollout"].updates for other in states), strict=True)
+        updates = [_shared_anew(list(part), peers) for part in parts]
+        state["rollout"] = replace(state["rollout"], updates=updates)
+    return state
+
+
+def _shared_anew(parts: list[Update], peers: Peers) -> Update:
+    samples = [sample for part in parts if not part.idle for sample in part.samples]
+    mine = shares(samples, peers.count)[peers.rank]
+    local = sum(part.denominators.local_tokens for part in parts) / peers.count
+    smallest = min((sample for part in parts for sample in part.samples), key=lambda sample: len(sample.ids))
+    denominators = replace(parts[0].denominators, num_processes=peers.count, local_tokens=local)
+    return Update(mine or [smallest], denominators, idle=not mine)
+
+
+def unfinished(rollout: Rollout | None, step: int, steps_per_rollout: int) -> Rollout | None:
+    """What a checkpoint of this step needs of the rollout that is trained on: the updates, if there are any to run."""
+    if rollout is None or rollout.index != step // steps_per_rollout:
+        return None
+    return replace(rollout, groups=[], sampled=[], tally={})
+
+
 def is_finished(checkpoint: Path) -> bool:
     """Whether it has its manifest; `damage` says whether it is whole."""
     return (checkpoint / MANIFEST).is_file()
 
 
-def finish(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Write the manifest, when all processes have written their parts; ``run`` says what run this is of."""
-    partial = checkpoint / f"{MANIFEST}.partial"
-    partial.unlink(missing_ok=True)
-    partial.write_text(json.dumps({"run": run, "files": _describe(checkpoint)}, indent=1))
-    os.replace(partial, checkpoint / MANIFEST)
+def finish(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, with all files in it, when all processes have written their parts and these are on the disk."""
+    for path in sorted(checkpoint.rglob("*"), reverse=True):
+        sync(path)
+    for folder in (checkpoint, checkpoint.parent):
+        sync(folder)
+    write_whole(checkpoint / MANIFEST, json.dumps(manifest | {"files": _describe(checkpoint)}, indent=1))
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest; ValueError where it is no manifest of this trainer."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"its {MANIFEST} cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or "run" not in manifest:
+        raise ValueError(f"its {MANIFEST} is no list of its files")
+    if manifest.get("form") != FORM:
+        raise ValueError(f"it was written in form {manifest.get('form', 1)}, by another version; this one reads form {FORM}")
+    if "rollout-0.pt" not in manifest["files"]:
+        raise ValueError(f"its {MANIFEST} does not list rollout-0.pt, which every checkpoint has")
+    return manifest
 
 
 def run_of(checkpoint: Path) -> dict[str, Any]:
     """What run a checkpoint is of."""
-    return json.loads((checkpoint / MANIFEST).read_text())["run"]
+    return read_manifest(checkpoint)["run"]
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None when it is whole."""
     if not is_finished(checkpoint):
         return f"it has no {MANIFEST}: it was never finished"
-    written, found = json.loads((checkpoint / MANIFEST).read_text())["files"], _describe(checkpoint)
+    try:
+        written, found = read_manifest(checkpoint)["files"], _describe(checkpoint)
+    except (OSError, ValueError) as error:
+        return str(error)
     for name, (size, digest) in written.items():
         if name not in found:
             return f"{name} is missing"
@@ -163,7 +244,23 @@ def _digest(path: Path) -> str:
 def checkpoints_in(folder: Path) -> list[Path]:
     """Finished or not, the newest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that it was saved after."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def rotate(folder: Path, limit: int | None, *, keep: Path, best: str | None) -> None:
+    """Remove all checkpoints before ``keep``, the newest, but for the ``limit`` newest finished ones and the best."""
+    if limit is None or limit <= 0:
+        return
+    earlier = [path for path in checkpoints_in(folder) if step_of(path) < step_of(keep)]
+    spared = [path for path in earlier if is_finished(path)][: limit - 1]
+    for path in earlier:
+        if path not in spared and (best is None or path.name != Path(best).name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -179,93 +276,24 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def resume_point(wanted: str | bool | None, folder: Path) -> Path | None:
     """What resume_from_checkpoint means: None or False, a path, True (the newest), or "auto" (the newest, if any).
 
-    Raises ValueError when the checkpoint that is asked for is not there or not whole.
+    Raises ValueError when the checkpoint that is asked for is not there, not whole, or nothing that a run can go on from.
     """
     if wanted in (None, False, "false"):
         return None
     if wanted in (True, "true", "auto"):
-        newest = newest_checkpoint(folder)
-        if newest is None and wanted != "auto":
+        checkpoint = newest_checkpoint(folder)
+        if checkpoint is None and wanted != "auto":
             raise ValueError(f"resume_from_checkpoint={wanted}: {folder} has no whole checkpoint; 'auto' starts anew then")
-        return newest
-    path = Path(str(wanted))
-    problem = damage(path)
-    if problem is not None:
-        newest = newest_checkpoint(path.parent)
-        hint = f"; the newest whole one beside it is {newest}" if newest else ""
-        raise ValueError(f"resume_from_checkpoint={wanted} is not a whole checkpoint of this trainer: {problem}{hint}")
-    return path
-
-
-# ---- Whether a run that resumes is the one that was saved: by its settings, data, verifiers and weights
-
-FREE = (
-    "output_dir resume_from_checkpoint run_name report_to project trackio_space_id trackio_bucket_id "
-    "trackio_static_space_id disable_tqdm log_level log_level_replica log_on_each_node logging_first_step logging_steps "
-    "logging_strategy logging_nan_inf_filter include_num_input_tokens_seen save_strategy save_steps save_total_limit "
-    "save_on_each_node save_only_model enable_jit_checkpoint load_best_model_at_end metric_for_best_model "
-    "greater_is_better eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches "
-    "eval_use_gather_object batch_eval_metrics include_for_metrics prediction_loss_only per_device_eval_batch_size "
-    "eval_temperature num_generations_eval do_train do_eval do_predict push_to_hub hub_model_id hub_strategy hub_token "
-    "hub_private_repo hub_always_push hub_revision log_completions num_completions_to_print save_rollouts write_report "
-    "profile tokens_per_microbatch gradient_checkpointing gradient_checkpointing_kwargs keep_zero_signal "
-    "torch_empty_cache_steps skip_memory_metrics vllm_server_base_url vllm_server_host vllm_server_port "
-    "vllm_server_timeout vllm_group_port vllm_weights_folder vllm_gpu_memory_utilization vllm_enable_sleep_mode "
-    "vllm_lora_sync reward_workers reward_concurrency dataloader_num_workers dataloader_pin_memory ddp_timeout "
-    "ddp_bucket_cap_mb ddp_backend debug local_rank accelerator_config ignore_data_skip"
-).split()
-"""Settings that change no number of a run, or only its evaluations."""
-
-SAID = (
-    "max_steps num_train_epochs learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio "
-    "weight_decay max_grad_norm reward_timeout reward_memory_gb reward_policy reward_max_fault_share bad_gold_rows "
-    "guards"
-).split()
-"""Settings that are changed on purpose in the middle of a run: what follows is not what would have been, which is said."""
-
-PROCESSES = "number of processes"
-"""Each has samples of its own in a checkpoint."""
-
-
-def describe_run(
-    args: GRPOConfig, prompts: PromptSet, rewards: list[Reward], weights: list[float], model: nn.Module
-) -> dict[str, Any]:
-    """What makes a run this run, as JSON holds it."""
-    shapes = [[name, list(getattr(p, "ds_shape", p.shape)), p.requires_grad] for name, p in model.named_parameters()]
-    settings = {item.name: getattr(args, item.name) for item in fields(args) if item.name not in FREE}
-    identity = settings | {
-        PROCESSES: args.world_size,
-        "training prompts": _digest_of([prompts.ids]),
-        "rewards": [reward.name for reward in rewards],
-        "weights of the rewards": weights,
-        "names and shapes of the weights": _digest_of(shapes),
-    }
-    return json.loads(json.dumps(identity, default=_plain))
-
-
-def check_same_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str) -> str | None:
-    """What was changed on purpose, to be said; ValueError for a change that makes it another run."""
-    changes = {
-        name: f"{name} {saved.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted(saved.keys() | now.keys())
-        if saved.get(name) != now.get(name)
-    }
-    refused = [text for name, text in changes.items() if name not in SAID]
-    if PROCESSES in changes:
-        refused.append(f"start it with accelerate launch --num_processes {saved.get(PROCESSES)}")
-    if refused:
+    else:
+        checkpoint = Path(str(wanted))
+        problem = damage(checkpoint)
+        if problem is not None:
+            newest = newest_checkpoint(checkpoint.parent)
+            hint = f"; the newest whole one beside it is {newest}" if newest else ""
+            raise ValueError(f"resume_from_checkpoint={wanted} is not a whole checkpoint of this trainer: {problem}{hint}")
+    if checkpoint is not None and read_manifest(checkpoint)["weights_only"]:
         raise ValueError(
-            f"{checkpoint} is of another run: {'; '.join(refused)}. Set these as they were, or start a new run from its "
-            f"weights: model={checkpoint!r} and another output_dir"
+            f"{checkpoint} holds weights without optimizer, schedule and random state (save_only_model=True), so no run can "
+            f"go on from it; start a new one from its weights: model={str(checkpoint)!r} and another output_dir"
         )
-    return f"resuming {checkpoint} with changed settings: {'; '.join(changes.values())}" if changes else None
-
-
-def _digest_of(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, FunctionType):
-        return f"{value.__module__}:{value.__qualname__}"
-    return value.value if isinstance(value, Enum) else str(value)
+    return checkpoint

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -16,21 +16,56 @@ from transformers.utils import logging
 
 from grpo_hf.algorithm.trial import check_credit
 from grpo_hf.episodes.toolbox import Toolbox
+from grpo_hf.evaluation import metric_names
 from grpo_hf.rewards import Reward, Scorer, check_columns, get_rewards
 from grpo_hf.rewards.gold import bad_gold
+from grpo_hf.rewards.loading import nearest
 from grpo_hf.rollout.prompts import PromptSet, checked_dataset, load_prompts
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.policy import StepReport
+from grpo_hf.types import Group
 
 logger = logging.get_logger(__name__)
 
 
 def check_reference(args: GRPOConfig, *, lora: bool) -> None:
-    """A reference that moves is a model of its own; under LoRA it is the policy with its adapter switched off."""
+    """A reference that moves is a model of its own; under LoRA it is the policy with another adapter or none."""
     if args.sync_ref_model and lora:
         raise ValueError(
-            "sync_ref_model=True cannot move the reference under LoRA, where it is the frozen base model; set "
+            "sync_ref_model=True cannot move the reference under LoRA, where it is a frozen adapter or the base model; set "
             "sync_ref_model=False, or train all weights (no peft_config)"
+        )
+
+
+def in_memory(table: Any) -> Any:
+    """A streamed data set as one with rows by number; any other as it is."""
+    return Dataset.from_list(list(table), features=table.features) if isinstance(table, IterableDataset) else table
+
+
+def check_best_metric(args: GRPOConfig, rewards: list[Reward], evals: list[str]) -> None:
+    """Raise ValueError where the metric that a checkpoint is chosen by is none that evaluation has."""
+    if not args.load_best_model_at_end or args.metric_for_best_model is None:
+        return
+    if not evals:
+        raise ValueError("load_best_model_at_end=True needs an eval_dataset")
+    names = metric_names([reward.name for reward in rewards], args.num_generations_eval or args.num_generations)
+    known = [f"{part}_{name}".removeprefix("_") for part in evals for name in names]
+    wanted = args.metric_for_best_model.removeprefix("eval_")
+    if wanted not in known:
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is none that evaluation has: {', '.join(known)}"
+            f"{nearest(wanted, known)}"
+        )
+
+
+def warn_without_reward(groups: Iterable[Group]) -> None:
+    """Say so where no verifier has given a completion a score, which leaves it out of its group and of the loss."""
+    completions = [item for group in groups for item in group.completions]
+    without = [item for item in completions if item.valid and all(map(math.isnan, item.rewards.values()))]
+    if without:
+        logger.warning(
+            f"no reward has given {len(without)} of {len(completions)} completions a score, so they are not trained on; the "
+            f"first of them: {without[0].text!r:.200}"
         )
 
 

@@ -13,11 +13,13 @@ from transformers import TrainingArguments
 
 from grpo_hf.algorithm.advantages import ADVANTAGES
 from grpo_hf.algorithm.aggregation import AGGREGATIONS
-from grpo_hf.algorithm.correction import CORRECTION_MODES, corrected, measured
+from grpo_hf.algorithm.correction import CORRECTION_MODES, corrected, measured, off_policy_masked
+from grpo_hf.algorithm.entropy_control import EntropyControl
 from grpo_hf.algorithm.kl import KL_ESTIMATORS
 from grpo_hf.algorithm.losses import LOSSES
 from grpo_hf.algorithm.objective import Objective, grpo_objective
-from grpo_hf.algorithm.trial import options_of
+from grpo_hf.algorithm.selection import selections_of
+from grpo_hf.algorithm.trial import CREDIT_FORM, LOSS_FORM, check_arguments, options_of
 from grpo_hf.episodes.episode import POLICIES
 from grpo_hf.episodes.settings import ToolSettings
 from grpo_hf.rewards.loading import choose
@@ -26,7 +28,7 @@ from grpo_hf.rollout.dynamic import CURRICULA, Choice, skip_solved
 from grpo_hf.rollout.weight_sync import LORA_SYNCS
 from grpo_hf.training.config_checks import check_config
 from grpo_hf.training.guards import ACTIONS, GUARDS, Guard, chosen_guards
-from grpo_hf.training.trl_names import TRL_ONLY
+from grpo_hf.training.trl_names import TRL_ONLY, asks_for_nothing, sampling_settings
 from grpo_hf.types import CALL_FAILURES
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ def refuse_unknown_names(config_class: Class) -> Class:
     @functools.wraps(original)
     def init(self: Any, *args: Any, **settings: Any) -> None:
         known = [item.name for item in fields(config_class) if item.init]
+        for name in [name for name in settings if name in TRL_ONLY and asks_for_nothing(name, settings[name])]:
+            del settings[name]
         for name in settings:
             if name in TRL_ONLY:
                 raise ValueError(f"grpo_hf has no setting {name!r}: {TRL_ONLY[name]}")
@@ -73,6 +77,7 @@ class GRPOConfig(TrainingArguments):
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "chat_template_kwargs",
+        "generation_kwargs",
         "vllm_structured_outputs_json",
         "reward_policy",
         "tool_policy",
@@ -87,6 +92,8 @@ class GRPOConfig(TrainingArguments):
 
     # Model and data
     model_init_kwargs: dict | str | None = option(None, "Keywords of from_pretrained when the model is given by name.")
+    trust_remote_code: bool = option(False, "Run the code that a model's or tokenizer's repository brings along.")
+    cast_lm_head_to_fp32: bool = option(False, "Compute the logits in float32, from a float32 copy of an untied head.")
     disable_dropout: bool = option(True, "Train the policy that sampled: no dropout. (TRL's default is False.)")
     chat_template_kwargs: dict | str | None = option(None, "Keywords of the chat template.")
     shuffle_dataset: bool = option(True, "A new order of the prompts for each pass.")
@@ -109,6 +116,11 @@ class GRPOConfig(TrainingArguments):
     stop_strings: list[str] | None = option(None, "Any of these in its text ends a completion.")
     stop_token_ids: list[int] | None = option(None, "Tokens that end a completion, beside the model's own.")
 
+    generation_kwargs: dict | str | None = option(
+        None, "These settings under the names of GenerationConfig or SamplingParams; they go before the ones above."
+    )
+    pad_to_multiple_of: int | str | None = option(None, "Accepted, and changes nothing: rows are not padded.")
+
     # Choice of prompts
     dynamic_sampling: bool = option(False, "Draw prompts until a rollout has its number of groups with unequal rewards.")
     dynamic_sampling_max_rounds: int = option(4, "Rounds of sampling for it at most; groups without signal fill the rest.")
@@ -122,7 +134,11 @@ class GRPOConfig(TrainingArguments):
     # vLLM
     use_vllm: bool = option(False, "Sample with vLLM instead of transformers.")
     vllm_mode: str = option("colocate", "Where vLLM runs: 'colocate', in each training process, or 'server'.")
-    vllm_server_base_url: str | None = option(None, "The server's address; None: http://vllm_server_host:vllm_server_port.")
+    vllm_server_base_url: str | None = option(
+        None,
+        "The server's address; None: http://vllm_server_host:vllm_server_port. Its key is read from the environment "
+        "variable VLLM_API_KEY alone.",
+    )
     vllm_server_host: str = option("0.0.0.0", "The server's host.")
     vllm_server_port: int = option(8000, "The server's port.")
     vllm_server_timeout: float = option(240.0, "Seconds that the server may stay away, at the start and later.")
@@ -138,6 +154,10 @@ class GRPOConfig(TrainingArguments):
     vllm_structured_outputs_regex: str | None = option(None, "Sample only what matches this regular expression.")
     vllm_structured_outputs_json: dict | str | None = option(None, "Sample only JSON that this schema allows.")
     vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU's memory for vLLM.")
+    vllm_tensor_parallel_size: int = option(1, "Processes that share an engine, in process; a server has its own option.")
+    vllm_max_model_length: int | None = option(
+        None, "Context of vLLM in process; None: what the longest prompt and max_completion_length need."
+    )
     vllm_enable_sleep_mode: bool = option(False, "vLLM gives its GPU memory back while training.")
     vllm_importance_sampling_correction: bool = option(True, "Weight the loss by trainer over engine probabilities.")
     vllm_importance_sampling_mode: str = option("sequence_mask", f"One of {', '.join(CORRECTION_MODES)}.")
@@ -186,6 +206,10 @@ class GRPOConfig(TrainingArguments):
         f"How scores become advantages, in place of scale_rewards: one of {', '.join(ADVANTAGES)}, or a function of yours "
         "as path/file.py:function.",
     )
+    advantage_k: int = option(4, "The k of advantage='pass_at_k'.")
+    multi_objective_aggregation: str = option(
+        "sum_then_normalize", "'normalize_then_sum' normalizes each reward before the sum, as advantage='gdpo' does."
+    )
     reward_weights: list[float] | None = option(None, "One for each reward; None: 1 each.")
     num_iterations: int = option(1, "Passes over each rollout (μ in the GRPO paper).")
     epsilon: float = option(0.2, "Lower clip distance.")
@@ -193,6 +217,22 @@ class GRPOConfig(TrainingArguments):
     delta: float | None = option(None, "Upper bound of the ratio where the advantage is negative.")
     sapo_temperature_pos: float = option(1.0, "SAPO's gate temperature for positive advantages.")
     sapo_temperature_neg: float = option(1.05, "The same for negative ones.")
+    vespo_k_pos: float = option(2.0, "VESPO's k for positive advantages: how fast weights below 1 fall.")
+    vespo_lambda_pos: float = option(3.0, "VESPO's λ for positive advantages: how fast weights above 1 fall.")
+    vespo_k_neg: float = option(3.0, "The same k for negative ones.")
+    vespo_lambda_neg: float = option(2.0, "The same λ for negative ones.")
+    clip_cov_ratio: float = option(0.0002, "Share of an update's tokens that clip_cov leaves out.")
+    clip_cov_lb: float = option(1.0, "Covariance of advantage and log-prob above which they are chosen.")
+    clip_cov_ub: float = option(5.0, "Covariance below which they are chosen.")
+    kl_cov_ratio: float = option(0.0002, "Share of an update's tokens that kl_cov holds back, those of highest covariance.")
+    kl_cov_coef: float = option(1.0, "Weight of |log ratio| on those.")
+    off_policy_mask_threshold: float | None = option(
+        None, "Leave completions with negative advantage and a mean log(π_sampled / π) above this out; None: keep all."
+    )
+    top_entropy_quantile: float = option(
+        1.0,
+        "Share of an update's tokens, those of highest entropy, that the policy loss and entropy bonus are over, say 0.2.",
+    )
     beta: float = option(0.0, "KL coefficient; 0 loads no reference model.")
     kl_estimator: str = option("k3", f"One of {', '.join(KL_ESTIMATORS)}.")
     use_bias_correction_kl: bool = option(True, "Multiply the KL estimate by the differentiable ratio.")
@@ -200,6 +240,12 @@ class GRPOConfig(TrainingArguments):
     ref_model_mixup_alpha: float = option(0.6, "ref = alpha * policy + (1 - alpha) * ref.")
     ref_model_sync_steps: int = option(512, "Optimizer steps between those moves.")
     entropy_coef: float = option(0.0, "Entropy bonus, on the mean per-token entropy.")
+    use_adaptive_entropy: bool = option(False, "Move entropy_coef after each step, to hold the entropy at entropy_target.")
+    entropy_target: float = option(0.2, "Mean per-token entropy in nats, at or below which the bonus is applied and grows.")
+    entropy_coef_delta: float = option(0.005, "How far entropy_coef moves in a step.")
+    entropy_coef_min: float = option(0.0, "The least that it becomes.")
+    entropy_coef_max: float = option(1.0, "The most that it becomes.")
+    teacher_coef: float = option(1.0, "Weight of the reverse KL to the trainer's teacher, a mean over tokens.")
     mask_truncated_completions: bool = option(False, "Leave completions that hit the length limit out of the loss.")
 
     # Cost
@@ -220,8 +266,12 @@ class GRPOConfig(TrainingArguments):
     )
 
     # What a run leaves
-    log_completions: bool = option(False, "Print some samples with their rewards at each log line.")
+    log_completions: bool = option(
+        False, "Print some samples with their rewards at each log line; all of them are a table in wandb and trackio."
+    )
     num_completions_to_print: int | None = option(None, "How many; None: 4.")
+    log_unique_prompts: bool = option(False, "One row a prompt in that table.")
+    log_multimodal: bool = option(True, "Accepted, and changes nothing: samples are text.")
     save_rollouts: bool = option(True, "Write every sample to <output_dir>/rollouts/*.parquet.")
     write_report: bool = option(True, "Write <output_dir>/report.html at the end.")
     profile: int = option(0, "Trace so many steps after the first to <output_dir>/profile/, and print the top operators.")
@@ -230,7 +280,13 @@ class GRPOConfig(TrainingArguments):
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported()
+        if self.metric_for_best_model is None and self.load_best_model_at_end:
+            self.metric_for_best_model = "reward"
         super().__post_init__()
+        for name, value in sampling_settings(self.generation_kwargs or {}).items():  # type: ignore[arg-type]
+            setattr(self, name, value)
+        if self.trust_remote_code:
+            self.model_init_kwargs = {"trust_remote_code": True, **(self.model_init_kwargs or {})}  # type: ignore[dict-item]
         self.remove_unused_columns = False
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
@@ -267,27 +323,54 @@ class GRPOConfig(TrainingArguments):
     @property
     def advantage_form(self) -> str:
         """The advantage that this run uses: what it is called in ADVANTAGES, or a function of the user's."""
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            return "gdpo"
         return self.advantage or {"group": "group", "batch": "batch", "none": "centered"}[str(self.scale_rewards)]
 
     def credit(self) -> Credit:
         """What turns the scores of a rollout into advantages; raises ValueError for an unknown name."""
-        return choose("advantage", self.advantage_form, ADVANTAGES)
+        credit = choose("advantage", self.advantage_form, ADVANTAGES)
+        check_arguments(credit, 2, f"advantage={self.advantage_form!r}: {CREDIT_FORM}")
+        options = options_of(credit, self._options() | {"lengths": None}, f"advantage={self.advantage_form!r}")
+        options.pop("lengths", None)  # the planner's
+        return partial(credit, **options) if options else credit
 
-    def objective(self) -> Objective:
-        """The loss of this run; raises ValueError for an unknown name, or a function that is no loss."""
+    def objective(self, *, teacher: bool = False) -> Objective:
+        """The loss of this run, which may have a teacher; raises ValueError for an unknown name or no loss."""
         chosen = choose("loss_type", self.loss_type, LOSSES)
         loss, aggregation = chosen if isinstance(chosen, tuple) else (chosen, "token_mean")
-        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        settings, what = self._options(), f"loss_type={self.loss_type!r}"
+        check_arguments(loss, 1, f"{what}: {LOSS_FORM}")
+        options = options_of(loss, settings, what)
         return grpo_objective(
-            partial(loss, **options_of(loss, settings, f"loss_type={self.loss_type!r}")),
+            partial(loss, **options),
             self.loss_aggregation or aggregation,
             level=self.importance_sampling_level,
-            factors=(self._correction(),),
+            # A loss with that option takes the engine's part of the weights into its own.
+            factors=(measured if "vllm_importance_sampling_correction" in options else self._correction(), *self._masks()),
             beta=self.beta,
             kl_estimator=self.kl_estimator,
             kl_bias_correction=self.use_bias_correction_kl,
-            entropy_coef=self.entropy_coef,
+            entropy_coef=self.entropy_coef_max if self.use_adaptive_entropy else self.entropy_coef,
+            teacher_coef=self.teacher_coef if teacher else 0.0,
+            selections={
+                name: partial(select, **options_of(select, settings, what)) for name, select in selections_of(loss).items()
+            },
+            top_entropy_quantile=self.top_entropy_quantile,
         )
+
+    def entropy_control(self) -> EntropyControl | None:
+        """What moves entropy_coef from step to step; None where it is constant."""
+        if not self.use_adaptive_entropy:
+            return None
+        return EntropyControl(
+            self.entropy_coef, self.entropy_target, self.entropy_coef_delta, self.entropy_coef_min, self.entropy_coef_max
+        )
+
+    def _options(self) -> dict[str, Any]:
+        """What a loss or credit may ask for by name."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        return settings | {"vllm_importance_sampling_correction": self.use_vllm and self.vllm_importance_sampling_correction}
 
     def _correction(self) -> Factor:
         if not (self.use_vllm and self.vllm_importance_sampling_correction):
@@ -298,6 +381,10 @@ class GRPOConfig(TrainingArguments):
             low=self.vllm_importance_sampling_clip_min,
             high=self.vllm_importance_sampling_clip_max,
         )
+
+    def _masks(self) -> tuple[Factor, ...]:
+        threshold = self.off_policy_mask_threshold
+        return () if threshold is None else (partial(off_policy_masked, threshold=threshold),)
 
     def reward_settings(self) -> RewardSettings:
         """How verifiers are run; raises ValueError for settings that cannot be."""

@@ -7,17 +7,31 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from grpo_hf.algorithm.advantages import ADVANTAGES, NEEDS_A_GROUP
-from grpo_hf.algorithm.aggregation import AGGREGATIONS
+from grpo_hf.algorithm.aggregation import (
+    AGGREGATIONS,
+    constant_length,
+    local_token_mean,
+    sequence_sum,
+    token_mean,
+    update_mean,
+)
 from grpo_hf.algorithm.correction import CORRECTION_MODES
 from grpo_hf.algorithm.kl import KL_ESTIMATORS
 from grpo_hf.algorithm.losses import LEVELS
-from grpo_hf.algorithm.trial import CREDIT_FORM, check_arguments, check_loss, trial_batch
+from grpo_hf.algorithm.trial import check_loss, trial_batch
 from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.rollout.weight_sync import LORA_SYNCS
 
 if TYPE_CHECKING:
     from grpo_hf.training.config import GRPOConfig
+
+logger = logging.get_logger(__name__)
+
+WEIGHS_BY_LENGTH = (token_mean, update_mean, constant_length, local_token_mean, sequence_sum)
+"""Aggregations in which a completion has as many shares as tokens."""
 
 
 def check_config(config: GRPOConfig) -> None:
@@ -40,6 +54,7 @@ def _check_names(config: GRPOConfig) -> None:
         "importance_sampling_level": LEVELS,
         "scale_rewards": ("group", "batch", "none"),
         "kl_estimator": KL_ESTIMATORS,
+        "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
         "token_layout": ("auto", *LAYOUTS),
         "overlong_prompts": ("error", "drop"),
         "bad_gold_rows": ("error", "drop", "keep"),
@@ -60,12 +75,18 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "{} >= 1": (
         lambda value: value >= 1,
         "num_generations num_generations_eval num_iterations max_completion_length tokens_per_microbatch "
-        "dynamic_sampling_max_rounds skip_solved_after revisit_after ref_model_sync_steps",
+        "dynamic_sampling_max_rounds skip_solved_after revisit_after ref_model_sync_steps "
+        "vllm_max_model_length vllm_tensor_parallel_size",
     ),
-    "{} >= 0": (lambda value: value >= 0, "eval_temperature top_k profile epsilon epsilon_high beta"),
+    "{} >= 2": (lambda value: value >= 2, "advantage_k"),
+    "{} >= 0": (
+        lambda value: value >= 0,
+        "eval_temperature top_k profile epsilon epsilon_high beta kl_cov_coef entropy_coef_delta "
+        "entropy_coef_min teacher_coef",
+    ),
     "{} > 0": (lambda value: value > 0, "temperature repetition_penalty vllm_server_timeout"),
-    "0 < {} <= 1": (lambda value: 0 < value <= 1, "top_p vllm_gpu_memory_utilization"),
-    "0 <= {} <= 1": (lambda value: 0 <= value <= 1, "min_p ref_model_mixup_alpha"),
+    "0 < {} <= 1": (lambda value: 0 < value <= 1, "top_p vllm_gpu_memory_utilization clip_cov_ratio kl_cov_ratio"),
+    "0 <= {} <= 1": (lambda value: 0 <= value <= 1, "min_p ref_model_mixup_alpha top_entropy_quantile"),
 }
 """The settings that each bound is for, where they are not None."""
 
@@ -91,27 +112,69 @@ def _check_numbers(config: GRPOConfig) -> None:
             "torch_compile=True compiles the model's own forward, which is not what is run here; leave it out. On a GPU the "
             "attention over the token tree is compiled by itself"
         )
+    if config.neftune_noise_alpha:
+        raise ValueError(
+            f"neftune_noise_alpha={config.neftune_noise_alpha} adds noise to the policy that is trained and none to the one "
+            "that samples, so they would differ; leave it out"
+        )
     if config.sync_ref_model and not config.beta:
         raise ValueError("sync_ref_model=True needs a reference model, so beta > 0; beta is 0")
+
+
+def _warn_of_levels(config: GRPOConfig) -> None:
+    """Say so where the level of the ratio and the loss are not those of any paper."""
+    by_sequence, loss = config.importance_sampling_level == "sequence", config.loss_type
+    if loss == "luspo" and not by_sequence:
+        logger.warning("loss_type='luspo' is meant for importance_sampling_level='sequence', and that is 'token'")
+    elif loss in ("vespo", "gmpo") and by_sequence:
+        logger.warning(f"loss_type={loss!r} has a ratio of completions by itself; leave importance_sampling_level 'token'")
+    elif by_sequence and loss != "luspo" and config.objective().terms[0].aggregation in WEIGHS_BY_LENGTH:
+        logger.warning(
+            f"importance_sampling_level='sequence' with loss_type={loss!r} counts a completion as often as it has tokens; "
+            "for GSPO set loss_type='grpo'"
+        )
 
 
 def _check_objective(config: GRPOConfig) -> None:
     """Try it on made-up tokens, which have what this run's tokens will have."""
     objective, batch = config.objective(), trial_batch()
     batch = replace(
-        batch,
-        log_ratio=objective.level(batch),
+        objective.prepared(batch),
         rollout_logprobs=batch.rollout_logprobs if config.use_vllm else None,
         ref_logprobs=batch.ref_logprobs if config.beta else None,
+        teacher_logprobs=None,
     )
     check_loss(objective.terms[0].value, batch, f"loss_type={config.loss_type!r}")
-    check_arguments(config.credit(), 2, f"advantage={config.advantage_form!r}: {CREDIT_FORM}")
+    low, start, high = config.entropy_coef_min, config.entropy_coef, config.entropy_coef_max
+    if config.use_adaptive_entropy and not low <= start <= high:
+        raise ValueError(
+            f"entropy_coef_min={low}, entropy_coef={start}, entropy_coef_max={high}, but with use_adaptive_entropy=True "
+            "entropy_coef_min <= entropy_coef <= entropy_coef_max is needed"
+        )
+    if config.multi_objective_aggregation == "normalize_then_sum" and config.advantage not in (None, "gdpo"):
+        raise ValueError(
+            f"multi_objective_aggregation='normalize_then_sum' is advantage='gdpo', and advantage is {config.advantage!r}; "
+            "set one of them"
+        )
+    config.credit()
+    _warn_of_levels(config)
 
 
 def _check_engine(config: GRPOConfig) -> None:
     structured = config.vllm_structured_outputs_regex is not None or config.vllm_structured_outputs_json is not None
     if structured and not config.use_vllm:
         raise ValueError("vllm_structured_outputs_regex and vllm_structured_outputs_json need use_vllm=True")
+    parts = config.vllm_tensor_parallel_size
+    if parts > 1 and (not config.use_vllm or config.vllm_mode != "colocate"):
+        raise ValueError(
+            f"vllm_tensor_parallel_size={parts} is for vLLM in the training processes, so use_vllm=True and "
+            "vllm_mode='colocate'; a server takes grpo-hf serve MODEL --tensor-parallel-size"
+        )
+    if config.world_size % parts:
+        raise ValueError(
+            f"vllm_tensor_parallel_size={parts} processes share an engine, and {config.world_size} processes train: the "
+            "second has to be a multiple of the first"
+        )
     if not config.rollout_ahead:
         return
     if not config.use_vllm or config.vllm_mode != "server":

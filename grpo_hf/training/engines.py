@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from grpo_hf.rollout.engine import Engine, Sampling
 from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.prompts import PromptSet
+from grpo_hf.rollout.shared_engine import SharedEngine
 from grpo_hf.rollout.transformers_engine import TransformersEngine
 from grpo_hf.rollout.vllm_engine import VLLMEngine
 from grpo_hf.rollout.vllm_server import VLLMServerEngine
@@ -54,28 +55,36 @@ def make_engine(
             peers=peers,
             **shared,
         )
-    return VLLMEngine(
+    parts = args.vllm_tensor_parallel_size
+    engine = VLLMEngine(
         model,
         tokenizer=tokenizer,
         num_processes=args.world_size,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         sleep_mode=args.vllm_enable_sleep_mode,
+        tensor_parallel_size=parts,
         **shared,
     )
+    return engine if parts == 1 else SharedEngine(engine, peers, parts)
 
 
 OBSERVATION_TOKENS = 1024
 """Room for what environments say to prompts at their reset, where the model's context has it."""
 
 
-def longest_sequence(
-    prompts: Iterable[PromptSet], max_completion_length: int, config: PretrainedConfig, *, observations: bool
-) -> int:
-    """Tokens of the longest prompt, with what an environment may say to it (``observations``), and its completion."""
-    longest = max(len(ids) for part in prompts for ids in part.ids) + max_completion_length
+def longest_sequence(prompts: Iterable[PromptSet], args: GRPOConfig, config: PretrainedConfig, *, observations: bool) -> int:
+    """Tokens of the longest prompt, with what an environment may say to it (``observations``), and its completion; or
+    vllm_max_model_length, which has to have room for that."""
+    longest = max(len(ids) for part in prompts for ids in part.ids)
+    needed, wanted = longest + args.max_completion_length, args.vllm_max_model_length
+    if wanted is not None and wanted < needed:
+        raise ValueError(
+            f"vllm_max_model_length={wanted} leaves no room for the longest prompt of {longest} tokens and "
+            f"max_completion_length={args.max_completion_length}; leave it out, or set {needed}"
+        )
     context = getattr(config, "max_position_embeddings", None)
-    room = OBSERVATION_TOKENS if context is None else min(OBSERVATION_TOKENS, max(context - longest, 0))
-    return longest + room * observations
+    room = OBSERVATION_TOKENS if context is None else min(OBSERVATION_TOKENS, max(context - needed, 0))
+    return wanted or needed + room * observations
 
 
 def make_sampling(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> Sampling:

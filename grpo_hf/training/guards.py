@@ -117,6 +117,20 @@ def engine_mismatch(seen: Seen, limit: float) -> Reading | None:
     )
 
 
+def engine_weights(seen: Seen, limit: float) -> Reading | None:
+    """The same, so far that it cannot be arithmetic."""
+    if (reading := engine_mismatch(seen, limit)) is None:
+        return None
+    value = seen.values["sampling/sampling_logp_difference"]
+    return Reading(
+        reading.tripped,
+        f"the engine's log-probs of its samples differ from the trainer's by {value:.2g} on average in step {seen.step}, "
+        f"above {limit:g}: it has other weights than the trainer, or computes another model, so what it samples teaches "
+        "nothing. Set use_vllm=False, try "
+        "another version of vLLM, or, should this be as you want it, guards={'engine_weights': 'warn'}",
+    )
+
+
 @dataclass(frozen=True)
 class Guard:
     """A guard, and when it trips and what follows, unless the user says otherwise."""
@@ -135,8 +149,9 @@ GUARDS: dict[str, Guard] = {
     "reward_collapse": Guard(reward_collapse, 0.5, can_skip=False),
     "entropy_collapse": Guard(entropy_collapse, 0.01),
     "kl": Guard(kl, 1.0, needs="beta"),
-    # Nats: bfloat16 gives about 0.01, different weights or another attention 1 and more.
+    # Nats: bfloat16 gives 0.01 to 0.04, different weights or another attention 1 and more.
     "engine_mismatch": Guard(engine_mismatch, 0.1),
+    "engine_weights": Guard(engine_weights, 0.2, "stop"),
 }
 """Actions and thresholds are the defaults of the setting ``guards``."""
 

@@ -2,37 +2,117 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import find_adapter_config_file, logging
+
+logger = logging.get_logger(__name__)
 
 
 def load_config(model: str | PreTrainedModel | PeftModel, **options: Any) -> PretrainedConfig:
     """The text model's config, without loading any weights."""
+    if isinstance(model, str):
+        model, options = _base_of(model, options)
     config: Any = AutoConfig.from_pretrained(model, **options) if isinstance(model, str) else model.config
     return config.get_text_config()
 
 
 def load_tokenizer(model: str | PreTrainedModel | PeftModel, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to the model."""
-    config: Any = None if isinstance(model, str) else model.config
-    return AutoTokenizer.from_pretrained(model if isinstance(model, str) else config._name_or_path, **options)
+    """The tokenizer that belongs to the model; an adapter's own, if it has one."""
+    if not isinstance(model, str):
+        return AutoTokenizer.from_pretrained(model.config._name_or_path, **options)  # type: ignore[union-attr]
+    if not get_tokenizer_config(model, **options):
+        model, options = _base_of(model, options)
+    return AutoTokenizer.from_pretrained(model, **options)
 
 
-def load_model(name: str, **options: Any) -> PreTrainedModel:
-    """A causal LM in float32 unless `dtype` says otherwise: optimizer updates of 1e-6 vanish in bfloat16 weights."""
-    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **options})
+def load_model(name: str, **options: Any) -> PreTrainedModel | PeftModel:
+    """A causal LM in float32 unless `dtype` says otherwise: optimizer updates of 1e-6 vanish in bfloat16 weights.
+
+    Of an adapter, its base model with the adapter, to go on training it.
+    """
+    if (dtype := options.pop("torch_dtype", None)) is not None:  # what `dtype` was called
+        options.setdefault("dtype", dtype)
+    base, of_base = _base_of(name, options)
+    model = AutoModelForCausalLM.from_pretrained(base, **{"dtype": torch.float32, **of_base})
+    return model if base == name else PeftModel.from_pretrained(model, name, is_trainable=True, **_place(options))
+
+
+def load_adapter_config(name: str, **options: Any) -> PeftConfig | None:
+    """Of an adapter's folder or repository; None of a model's."""
+    path = find_adapter_config_file(name, **_place(options))
+    return None if path is None else PeftConfig.from_pretrained(str(Path(path).parent))
+
+
+def _base_of(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The model that an adapter belongs to, and the options to load that; of a model itself what is given."""
+    adapter = load_adapter_config(name, **options)
+    if adapter is None:
+        return name, options
+    if not adapter.base_model_name_or_path:
+        raise ValueError(
+            f"{name} is an adapter, and its adapter_config.json names no base_model_name_or_path; write it there, or give "
+            f"the model itself: PeftModel.from_pretrained(base, {name!r}, is_trainable=True)"
+        )
+    return adapter.base_model_name_or_path, options | {"revision": adapter.revision or "main"}
+
+
+def _place(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
+
+
+def make_savable(lm: PreTrainedModel) -> None:
+    """Mend generation defaults that transformers loads but will not save, such as a temperature without do_sample."""
+    own = lm.generation_config
+    if own is None or _is_savable(own):
+        return
+    sampled = copy.deepcopy(own)
+    sampled.do_sample = True
+    ends = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    lm.generation_config = sampled if _is_savable(sampled) else ends
+    change = "do_sample=True" if lm.generation_config is sampled else "its token ids alone"
+    logger.warning(f"The model's generation_config could not be saved with a checkpoint; it is saved with {change}")
+
+
+def _is_savable(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """bitsandbytes packs 4-bit weights in place, at a CPU's first pass without a gradient, for a kernel that has none."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def check_router(config: PretrainedConfig, **options: Any) -> None:
+    """Raise ValueError for a mixture of experts that asks for its router's auxiliary loss."""
+    if options.get("output_router_logits", getattr(config, "output_router_logits", False)):
+        raise ValueError(
+            "output_router_logits=True asks for the router's auxiliary loss, a product of two means over whatever tokens "
+            "share a forward pass, which is no part of this objective; set model_init_kwargs="
+            "{'output_router_logits': False}, or model.config.output_router_logits = False"
+        )
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,11 +14,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from grpo_hf.algorithm.entropy_control import EntropyControl
 from grpo_hf.algorithm.objective import Objective
+from grpo_hf.algorithm.selection import joined
 from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.packing.logprobs import batch_logprobs
 from grpo_hf.rollout.peers import ALONE, Peers
 from grpo_hf.rollout.planning import Update
+from grpo_hf.training.adapters import reference_weights
 from grpo_hf.training.guards import GuardError, is_out_of_memory
 from grpo_hf.training.models import causal_lm
 from grpo_hf.types import PackedBatch, TrainingSample
@@ -31,6 +35,8 @@ class StepReport:
 
     loss: Tensor
     """Of the update: this process's part, times the number of processes."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """The same by term of the objective."""
     batches: list[PackedBatch] = field(default_factory=list)
     """The micro-batches that were run."""
     metrics: list[dict[str, Tensor]] = field(default_factory=list)
@@ -48,7 +54,7 @@ class StepReport:
 
 
 class Policy:
-    """A causal LM with what its training needs: a wrapper, a reference, a layout, an objective.
+    """A causal LM with what its training needs: a wrapper, a reference, a teacher, a layout, an objective.
 
     ``inner`` is the model or the PEFT model around it; ``wrapped`` what the launcher has put around that.
     """
@@ -63,15 +69,20 @@ class Policy:
         tokens_per_microbatch: int,
         temperature: float,
         reference: nn.Module | None = None,
+        reference_adapter: str | None = None,
         needs_reference: bool = False,
+        teacher: nn.Module | None = None,
+        entropy_control: EntropyControl | None = None,
         sharded: bool = False,
         peers: Peers = ALONE,
     ):
-        """``reference`` None is the model with its adapter switched off; ``sharded``: every process runs as many forward
-        passes as the others."""
+        """``reference`` None is the model with its ``reference_adapter``, or with its adapter switched off; ``sharded``:
+        every process runs as many forward passes as the others."""
         self.inner = self.wrapped = model
         self.accelerator, self.objective, self.layout, self.temperature = accelerator, objective, layout, temperature
-        self.reference, self.needs_reference, self.sharded, self.peers = reference, needs_reference, sharded, peers
+        self.reference, self.reference_adapter, self.needs_reference = reference, reference_adapter, needs_reference
+        self.sharded, self.peers = sharded, peers
+        self.teacher, self.entropy_control = teacher, entropy_control
         self.tokens_per_microbatch = tokens_per_microbatch
         self.was_halved = False
         """Whether memory has run out before; once more ends the run."""
@@ -97,8 +108,14 @@ class Policy:
         if self.reference is not None:
             return self._forward(self.reference, self.reference, batch)[0]
         assert isinstance(self.inner, PeftModel)
-        with self.inner.disable_adapter():
+        with reference_weights(self.inner, self.reference_adapter):
             return self._forward(self.wrapped, self.inner, batch)[0]
+
+    @torch.no_grad()
+    def teacher_logprobs(self, batch: PackedBatch) -> Tensor:
+        """log π_teacher of every target [token]."""
+        assert self.teacher is not None
+        return self._forward(self.teacher, self.teacher, batch)[0]
 
     def annotated(self, updates: list[Update], *, step: int) -> list[Update]:
         """The updates of a new rollout with the log-probs that they will need of the weights as they are now: the
@@ -107,6 +124,7 @@ class Policy:
 
     def _annotated(self, update: Update, number: int) -> Update:
         wanted = {"ref_logprobs": self.ref_logprobs} if self.needs_reference else {}
+        wanted |= {"teacher_logprobs": self.teacher_logprobs} if self.teacher is not None else {}
         wanted |= {"old_logprobs": self.logprobs} if number else {}
         found: dict[str, dict[int, Tensor]] = {name: {} for name in wanted}
         for batch in self.microbatches(update) if wanted else ():
@@ -134,22 +152,62 @@ class Policy:
         return self._retried(run, step)[0], True
 
     def _forward_backward(self, update: Update) -> StepReport:
-        report = StepReport(torch.zeros((), device=self.accelerator.device))
+        zero = torch.zeros((), device=self.accelerator.device)
+        report, objective = StepReport(zero), self.objective
+        if self.entropy_control is not None:
+            objective = objective.with_coefficient("entropy", -self.entropy_control.applied)
         batches = self.microbatches(update)
+        selected = self._selected(batches)
         for number, batch in enumerate(batches, start=1):
             # Gradients that are not synchronized are whole ones, for which sharded models have no room.
             synced = number == len(batches) or self.sharded
             with contextlib.nullcontext() if synced else self.accelerator.no_sync(self.wrapped):
                 tokens = batch.tokens(*self._forward(self.wrapped, self.inner, batch))
-                part, metrics = self.objective(tokens, update.denominators)
+                tokens = replace(tokens, selected=selected[number - 1])
+                parts, metrics = objective.parts(tokens, update.denominators)
                 # Data-parallel wrappers average over processes what is already a share of the global sum.
-                part = part * batch.weight * update.denominators.num_processes
+                factor = batch.weight * update.denominators.num_processes
+                part = sum(parts.values(), start=zero) * factor
                 self.accelerator.backward(part)
-            report.loss += part.detach()
+            report.loss = report.loss + part.detach()
+            for name, value in parts.items():
+                report.parts[name] = report.parts.get(name, zero) + value.detach() * factor
             report.batches.append(batch)
             report.metrics.append({name: value.detach() for name, value in metrics.items()} if batch.weight else {})
             report.logprobs |= batch.by_sample(tokens.logprobs.detach().cpu())
         return report
+
+    @torch.no_grad()
+    def _selected(self, batches: list[PackedBatch]) -> list[dict[str, Tensor]]:
+        """By micro-batch what the objective's selections say of its tokens, when they have seen those of all processes."""
+        if not self.objective.selections:
+            return [{} for _ in batches]
+        mine = [batch.tokens(*self._forward(self.wrapped, self.inner, batch)) for batch in batches]
+        counted = [tokens for tokens, batch in zip(mine, batches, strict=True) if batch.weight]
+        everyone = self.peers.gather([joined(counted)] if counted else [])
+        before = sum(len(tokens.logprobs) for part in everyone[: self.peers.rank] for tokens in part)
+        said = self.objective.select(joined([tokens for part in everyone for tokens in part])) if any(everyone) else {}
+        selected = []
+        for tokens, batch in zip(mine, batches, strict=True):
+            of_batch = {name: torch.zeros_like(tokens.logprobs) for name in self.objective.selections}
+            if batch.weight:
+                place = slice(before, before + len(tokens.logprobs))
+                of_batch = {name: values[place].to(tokens.logprobs) for name, values in said.items()}
+                before = place.stop
+            selected.append(of_batch)
+        return selected
+
+    def adapt(self, entropy: float) -> None:
+        """Let the entropy coefficient follow a step's mean entropy over all processes."""
+        if self.entropy_control is not None and not math.isnan(entropy):
+            self.entropy_control = self.entropy_control.after(entropy)
+
+    @property
+    def entropy_coef(self) -> float | None:
+        """As TRL logs it: the constant one, or the one that the next step has; None without an entropy bonus."""
+        if self.entropy_control is not None:
+            return self.entropy_control.coefficient
+        return next((-term.coefficient for term in self.objective.terms if term.name == "entropy"), None)
 
     def _forward(self, wrapped: nn.Module, inner: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy of the targets [token], in place of the inner model's forward, through the wrapper (DDP,
@@ -182,14 +240,18 @@ class Policy:
         logger.warning(f"{message}; from here on it is {budget // 2}, and the step is taken again with the same numbers")
 
     def state_dict(self) -> dict[str, Any]:
-        """The budget, where memory has run out."""
-        return {"halved_budget": self.tokens_per_microbatch if self.was_halved else None}
+        """The budget, where memory has run out, and the entropy coefficient, where it moves."""
+        return {
+            "halved_budget": self.tokens_per_microbatch if self.was_halved else None,
+            "entropy_control": self.entropy_control,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a checkpoint's."""
         if state["halved_budget"]:
             self.tokens_per_microbatch = min(state["halved_budget"], self.tokens_per_microbatch)
             self.was_halved = True
+        self.entropy_control = state["entropy_control"]
 
 
 def with_logprobs(samples: list[TrainingSample], **found: dict[int, Tensor]) -> list[TrainingSample]:

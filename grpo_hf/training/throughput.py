@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from grpo_hf.metrics import now
+from grpo_hf.training.adapters import REFERENCE
 from grpo_hf.types import PackedBatch
 
 PHASES = ("generate", "score", "sync", "logprobs", "forward_backward", "optimizer", "evaluate", "other")
@@ -131,7 +132,9 @@ def update_flops(cost: Cost, microbatches: Iterable[PackedBatch]) -> int:
 def _weights(module: nn.Module, config: PretrainedConfig) -> tuple[int, int]:
     """How many weights a token is multiplied with, and how many of them are trained; of experts those that it is sent to."""
     both = [0, 0]
-    for part in module.modules():
+    for path, part in module.named_modules():
+        if path.endswith(f".{REFERENCE}"):
+            continue
         for name, parameter in part.named_parameters(recurse=False):
             if isinstance(part, nn.Linear):  # by its sizes, which quantized and sharded weights do not have
                 size = part.in_features * part.out_features if name == "weight" else 0

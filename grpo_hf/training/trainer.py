@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -19,11 +20,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object, set_seed
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from grpo_hf.algorithm.objective import Objective
@@ -32,6 +33,7 @@ from grpo_hf.evaluation import evaluate_prompts
 from grpo_hf.metrics import Metrics
 from grpo_hf.packing.choose import choose_layout, disable_dropout
 from grpo_hf.packing.layout import default_budget
+from grpo_hf.packing.logprobs import cast_head_to_fp32
 from grpo_hf.packing.tree import common_length
 from grpo_hf.rewards import RewardSpec, Scorer
 from grpo_hf.rewards.faults import merged, stop_if_faulty
@@ -41,16 +43,33 @@ from grpo_hf.rollout.planning import Plan, Update
 from grpo_hf.rollout.prompts import PromptOrder, PromptSet, prepare_tokenizer
 from grpo_hf.rollout.stream import GroupSampler, Rollout, RolloutStream, SampleFunction
 from grpo_hf.rollout.vllm_support import installed_vllm
+from grpo_hf.training import adapters, checkpoints, checks
 from grpo_hf.training import callbacks as own_callbacks
-from grpo_hf.training import checkpoints, checks
 from grpo_hf.training.agents import make_episodes, make_toolbox, rewards_of, rollouts_of
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import longest_sequence, make_engine, make_sampling
-from grpo_hf.training.guards import GuardError, Guards, Seen
-from grpo_hf.training.models import causal_lm, is_sharded, load_config, load_model, load_tokenizer
+from grpo_hf.training.fingerprint import digest_of_weights
+from grpo_hf.training.folder import RunFolder, check_writable
+from grpo_hf.training.guards import REWARD_WINDOW, GuardError, Guards, Seen
+from grpo_hf.training.models import (
+    causal_lm,
+    check_router,
+    is_sharded,
+    keep_gradients,
+    load_config,
+    load_model,
+    load_tokenizer,
+    make_savable,
+)
 from grpo_hf.training.policy import Policy, with_logprobs
-from grpo_hf.training.recorder import Recorder, put_back
+from grpo_hf.training.recorder import Recorder
+from grpo_hf.training.same_run import Changes, check_same_run, describe_run
+from grpo_hf.training.schedule import apply_settings, settings_of
+from grpo_hf.training.stopping import RunStopped, StopRequest
+from grpo_hf.training.tables import log_table, sample_rows
+from grpo_hf.training.teacher import check_vocabulary, load_teacher, rewards_beside
 from grpo_hf.training.throughput import Throughput
+from grpo_hf.types import Group
 
 logger = logging.get_logger(__name__)
 
@@ -63,7 +82,9 @@ class GRPOTrainer(Trainer):
     needs a column "prompt" (strings or chat messages); verifiers take the other columns by name. `tools` are functions that
     the model may call in its answers; `environment_factory` makes an object with a state for each episode, whose methods are
     its tools, or maps names, which rows choose by their column "environment", to such factories; a `rollout_func` makes
-    completions itself. Raises ValueError for bad input before any weights load.
+    completions itself. With a `teacher`, a name, a path or a causal LM with the same vocabulary, the reverse KL to it is
+    part of the loss (`teacher_coef`); without reward_funcs it is all of it. Raises ValueError for bad input before any
+    weights load.
     """
 
     args: GRPOConfig  # type: ignore[assignment]
@@ -87,47 +108,55 @@ class GRPOTrainer(Trainer):
         tools: list[Callable[..., Any]] | None = None,
         rollout_func: Callable[[list[Any], GRPOTrainer], dict[str, Any]] | None = None,
         environment_factory: Any = None,
+        teacher: str | PreTrainedModel | None = None,
     ):
         args = args or GRPOConfig()
-        checks.check_reference(args, lora=peft_config is not None or isinstance(model, PeftModel))
+        init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+        own_adapter = adapters.config_of(model, **init)
+        adapters.check_one_adapter(model, own_adapter, peft_config)
+        if (adapter := own_adapter or peft_config) is not None:
+            adapters.check_adapter_config(adapter, beta=args.beta)
+        checks.check_reference(args, lora=adapter is not None)
         if args.use_vllm and args.vllm_mode == "colocate":
             installed_vllm()
         self.metrics = Metrics()
-        self.toolbox = make_toolbox(tools, environment_factory, args)
+        self.toolbox = make_toolbox(tools, environment_factory, rollout_func, args)
         self.rollout_func = rollout_func
-        if self.toolbox is not None and rollout_func is not None:
-            raise ValueError(
-                "a rollout_func makes whole completions, so it calls tools itself: give it, or tools and environments"
-            )
+        owned = rewards_of(self.toolbox)
+        reward_funcs = rewards_beside(teacher, reward_funcs)
         self.rewards, self.reward_weights = checks.checked_rewards(
-            reward_funcs, args, reward_processing_classes, owned=rewards_of(self.toolbox)
+            reward_funcs, args, reward_processing_classes, owned=owned
         )
         self.scorer = Scorer(self.rewards, self.reward_weights, args.reward_settings())
-        init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         if quantization_config is not None:
             init["quantization_config"] = quantization_config
         shared = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
         tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, **shared))
+        config = load_config(model, **shared)
+        check_router(config, **init)
         self._check = partial(
             checks.checked_prompts,
             args=args,
             scorer=self.scorer,
             tokenizer=tokenizer,
-            config=load_config(model, **shared),
+            config=config,
             toolbox=self.toolbox,
         )
+        check_vocabulary(teacher, tokenizer, trust_remote_code=args.trust_remote_code)
         self.prompts = train = self._check(train_dataset, "train_dataset")
         checks.check_enough_prompts(train, args)
         self.eval_prompts = evals = self._checked_eval(eval_dataset)
+        checks.check_best_metric(args, self.rewards, list(evals))
+        check_writable(Path(str(args.output_dir)))
 
         set_seed(args.seed)  # adapter weights are random
-        lm = load_model(model, **init) if isinstance(model, str) else model
-        if args.disable_dropout:
-            disable_dropout(lm)
-        if peft_config is not None:
-            lm = get_peft_model(lm, peft_config)  # type: ignore[arg-type]
+        lm, reference_adapter = trainable(model, args, peft_config, **init)
         args.ignore_data_skip = True  # skipping would sample; rollouts find their own place
         self.guards = Guards(args.chosen_guards(), self.metrics)
+        self.peers = Peers(args.process_index, args.world_size, lambda item: gather_object([item]))
+        self.folder = RunFolder(Path(str(args.output_dir)), self.peers)
+        self.run = describe_run(args, train, self.rewards, self.reward_weights, lm)
+        """What makes it this run; taken before anything has changed it."""
         super().__init__(
             model=lm,
             args=args,
@@ -137,13 +166,14 @@ class GRPOTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=[
                 own_callbacks.FiniteWeights(self.guards),
-                own_callbacks.MetricsFile(),
+                own_callbacks.MetricsFile(self.folder),
                 *([own_callbacks.Profile(args.profile)] if args.profile else []),
                 *(callbacks or []),
                 *([own_callbacks.Report()] if args.write_report else []),
             ],
             optimizers=optimizers,
         )
+        self.eval_dataset = eval_dataset
         self.loss_is_scaled_for_ga = True
         self._skips_step = False
         self.compute_dtype: torch.dtype = args.compute_dtype or causal_lm(self.model).dtype
@@ -152,19 +182,22 @@ class GRPOTrainer(Trainer):
         for reward in self.rewards:
             if hasattr(reward.function, "processing_class"):  # a model
                 reward.function.to(self.args.device)  # type: ignore[attr-defined]
-        self.peers = Peers(self.args.process_index, self.args.world_size, lambda item: gather_object([item]))
-        self.objective: Objective = args.objective()
-        self.policy = self._make_policy()
+        self.objective: Objective = args.objective(teacher=teacher is not None)
+        self.policy = self._make_policy(reference_adapter, load_teacher(teacher, args))
+        if self.policy.teacher is not None:
+            self.run["weights of the teacher"] = digest_of_weights(self.policy.teacher.named_parameters())
         self.plan = self._make_plan()
         self.stream = self._make_stream(tokenizer)
         self.rollout: Rollout | None = None
         """The one that is trained on."""
         self.recorder = Recorder(
-            self.metrics, Path(str(args.output_dir)), self.peers, Throughput(causal_lm(self.model)), args.num_iterations
+            self.metrics, self.folder.path, self.peers, Throughput(causal_lm(self.model)), args.num_iterations
         )
+        self.stop = StopRequest(self.peers)
+        self._changes = Changes()
         moving = {"reference": self.policy.reference} if args.sync_ref_model and self.policy.reference is not None else {}
         parts: dict[str, checkpoints.Stateful] = {"stream": self.stream, "policy": self.policy, "recorder": self.recorder}
-        self.checkpoints = checkpoints.Checkpoints(parts, moving, self.peers, self.metrics)
+        self.checkpoints = checkpoints.Checkpoints(parts, moving, self.peers, self.metrics, self.prompts)
         self.add_callback(own_callbacks.StepClock(self.metrics, Updates(self).steps))
         for reference in moving.values():
             self.add_callback(own_callbacks.SyncReference(self.model, reference))
@@ -183,18 +216,25 @@ class GRPOTrainer(Trainer):
     def _checked_eval(self, evals: Any) -> dict[str, PromptSet]:
         """Held-out prompts by name; a single data set has the name ""."""
         named = evals if isinstance(evals, dict) else {} if evals is None else {"": evals}
-        return {name: self._check(table, f"eval_dataset {name}".strip()) for name, table in named.items()}
+        return {name: self._check(checks.in_memory(table), f"eval_dataset {name}".strip()) for name, table in named.items()}
 
-    def _make_policy(self) -> Policy:
+    def _make_policy(self, reference_adapter: str | None, teacher: PreTrainedModel | None) -> Policy:
         args, longest = self.args, max(map(len, self.prompts.ids))
-        layout = choose_layout(causal_lm(self.model), [self.prompts.ids[0], self.prompts.ids[-1]], args.token_layout)
+        if isinstance(self.model, PeftModel):
+            if args.beta > 0:
+                adapters.check_reference_weights(self.model, self.prompts.ids[0], beta=args.beta, adapter=reference_adapter)
+            adapters.check_trained(self.model, self.prompts.ids[0])
+        to_try = [self.prompts.ids[0], self.prompts.ids[-1]]
+        layout = choose_layout(causal_lm(self.model), to_try, args.token_layout, training=args.disable_dropout)
+        if teacher is not None:
+            choose_layout(teacher, to_try, layout)
         budget = args.tokens_per_microbatch or default_budget(
             args.device,
             longest_prompt=longest,
             longest_group=longest + args.num_generations * args.max_completion_length,
             shared=common_length(min(self.prompts.ids), max(self.prompts.ids)),
         )
-        # Under LoRA the reference is the model with its adapter switched off.
+        # With an adapter the reference is the same model, with another one or none.
         own_reference = args.beta > 0 and not isinstance(self.model, PeftModel)
         return Policy(
             self.model,
@@ -204,7 +244,10 @@ class GRPOTrainer(Trainer):
             tokens_per_microbatch=budget,
             temperature=args.temperature,
             reference=copy.deepcopy(self.model).eval().requires_grad_(False) if own_reference else None,
+            reference_adapter=reference_adapter,
             needs_reference=args.beta > 0,
+            teacher=teacher,
+            entropy_control=args.entropy_control(),
             sharded=is_sharded(self.accelerator),
             peers=self.peers,
         )
@@ -228,7 +271,7 @@ class GRPOTrainer(Trainer):
         sampling = make_sampling(args, tokenizer, causal_lm(self.model))
         length = longest_sequence(
             [self.prompts, *self.eval_prompts.values()],
-            args.max_completion_length,
+            args,
             causal_lm(self.model).config,
             observations=self.toolbox is not None and bool(self.toolbox.kinds),
         )
@@ -258,8 +301,24 @@ class GRPOTrainer(Trainer):
         )
 
     @property
+    def reward_funcs(self) -> list[Any]:
+        """The verifiers' functions, and the models among them, in their order."""
+        functions: list[Any] = [reward.function for reward in self.rewards]
+        return [item.model if hasattr(item, "processing_class") else item for item in functions]
+
+    @property
+    def reward_func_names(self) -> list[str]:
+        """Their names, as in the metrics."""
+        return [reward.name for reward in self.rewards]
+
+    @property
+    def reward_processing_classes(self) -> list[Any]:
+        """The tokenizers of those that are models; None for the others."""
+        return [getattr(reward.function, "processing_class", None) for reward in self.rewards]
+
+    @property
     def ref_model(self) -> nn.Module | None:
-        """The reference model; None without one, and under LoRA, where it is the model with its adapter switched off."""
+        """The reference model; None without one, and with an adapter, where it is the model with another one or none."""
         return self.policy.reference
 
     # ---- Rollouts
@@ -278,18 +337,24 @@ class GRPOTrainer(Trainer):
         ahead = args.rollout_ahead > 0 and step + args.steps_per_rollout < self.state.max_steps
         rollout = self.stream.make(index, version=step, ahead=ahead, trainer_state=self.state)
         updates = self.plan.updates(rollout.groups, rollout.version, self.peers)
-        self.recorder.claim_folder(step)
         self.state.num_input_tokens_seen += self.recorder.rollout(rollout, step=step + 1, save=args.save_rollouts)
         if self.toolbox is not None:
             record_calls(self.metrics, rollout.sampled, self.toolbox.names)
         if args.use_vllm:
             self.metrics.mean("sampling/staleness", step - rollout.version)
         since_log = step % max(1, int(self.state.logging_steps or 1))
-        if args.log_completions and self.peers.rank == 0 and since_log < args.steps_per_rollout:
-            own_callbacks.print_samples(rollout.groups, step + 1, args.num_completions_to_print or 4)
+        if args.log_completions and since_log < args.steps_per_rollout:
+            self._show(rollout.groups, step + 1)
+        checks.warn_without_reward(rollout.sampled)
         stop_if_faulty(merged(self.peers.gather(rollout.tally)), self.scorer.settings)
         with self.metrics.phase("logprobs"):
             return replace(rollout, updates=self.policy.annotated(updates, step=step + 1))
+
+    def _show(self, groups: list[Group], step: int) -> None:
+        rows = [row for part in self.peers.gather(sample_rows(groups, step)) for row in part]
+        if self.peers.rank == 0:
+            own_callbacks.print_samples(groups, step, self.args.num_completions_to_print or 4)
+            log_table(rows, self.args.report_to or (), unique_prompts=self.args.log_unique_prompts)
 
     # ---- The update
 
@@ -305,6 +370,9 @@ class GRPOTrainer(Trainer):
             update.samples = with_logprobs(update.samples, old_logprobs=report.logprobs)  # for its later passes
         self.current_flos += self.recorder.throughput.add(report.batches)
         means = self.recorder.step(report)
+        self.policy.adapt(means.get("entropy", math.nan))
+        if self.policy.entropy_coef is not None:
+            self.metrics.mean("entropy_coef", self.policy.entropy_coef)
         if (rollout := self.rollout) is not None:
             means["sampling/staleness"] = rollout.index * self.args.steps_per_rollout - rollout.version
         explain = partial(checks.why_not_finite, self.model, self.args, report)
@@ -337,19 +405,37 @@ class GRPOTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
-        """Trainer's; "auto" goes on from the newest whole checkpoint in output_dir, or starts anew."""
-        checkpoint = checkpoints.resume_point(resume_from_checkpoint, self.recorder.folder)
-        if checkpoint:
-            changed = checkpoints.check_same_run(checkpoints.run_of(checkpoint), self._describe(), str(checkpoint))
-            if changed:
-                logger.warning(changed)
-            if self.recorder.aside:  # by an evaluation before this
-                put_back(self.recorder.aside, self.recorder.folder)
+        """Trainer's; "auto" goes on from the newest whole checkpoint in output_dir, or starts anew.
+
+        Ctrl-C and SIGTERM stop it after the step, with a checkpoint, by RunStopped, which is a SystemExit.
+        """
+        with self.folder.lock(), self.stop.watched():
+            checkpoint = checkpoints.resume_point(resume_from_checkpoint, self.folder.path)
+            self.peers.gather(None)  # all have looked at the folder as it was
+            self._open_folder(checkpoint)
+            return self._train(checkpoint, trial, ignore_keys_for_eval)
+
+    def _open_folder(self, checkpoint: Path | None) -> None:
+        """Before a run begins, or goes on from a checkpoint, if it is one of this run."""
+        if checkpoint is None:
+            self._changes = Changes()
+            source = getattr(causal_lm(self.model).config, "_name_or_path", "")
+            return self.folder.begin(keep_model=bool(source) and Path(str(source)).resolve() == self.folder.path.resolve())
+        step, steps = checkpoints.step_of(checkpoint), self.args.steps_per_rollout
+        saved = checkpoints.run_of(checkpoint)
+        self._changes = check_same_run(saved, self.run, str(checkpoint), within_rollout=step % steps > 0)
+        if self._changes.said:
+            logger.warning(self._changes.said)
+        self.folder.go_on(checkpoint, rollouts=-(-step // steps))
+
+    def _train(self, checkpoint: Path | None, trial: Any, ignore_keys_for_eval: Any) -> TrainOutput:
         self.checkpoints.unsaved = None
         try:
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
-        except GuardError:
+        except (GuardError, RunStopped) as error:
             self._save_before_stop(trial)
+            if isinstance(error, RunStopped) and self.peers.rank == 0:
+                print(self._how_to_go_on(), file=sys.stderr, flush=True)
             raise
         except EngineLostError:
             self.stream.ahead = None  # it is lost with the engine
@@ -359,32 +445,35 @@ class GRPOTrainer(Trainer):
             raise
         finally:
             self.stream.sampler.engine.abort()
+            self.folder.end()
         if self.checkpoints.unsaved:
             raise GuardError(f"the run has ended, and its last checkpoint is not saved: {self.checkpoints.unsaved}")
         return output
 
-    def _describe(self) -> dict[str, Any]:
-        return checkpoints.describe_run(self.args, self.prompts, self.rewards, self.reward_weights, self.model)
+    def _how_to_go_on(self) -> str:
+        newest = checkpoints.newest_checkpoint(self.folder.path)
+        how = f"go on from {newest} with --resume_from_checkpoint auto" if newest else "no checkpoint is there to go on from"
+        return f"stopped after step {self.state.global_step}: {how}"
 
     def _checkpoint_folder(self, trial: Any) -> Path:
         return Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, with the parts that this trainer adds; older checkpoints go when this one is whole."""
-        more: dict[str, Any] = {"rollout": None}
-        if self.rollout is not None and self.rollout.index == self.state.global_step // self.args.steps_per_rollout:
-            # It has updates to run, and these are all that is needed of it.
-            more["rollout"] = replace(self.rollout, groups=[], sampled=[], tally={})
+        state, steps = self.state, self.args.steps_per_rollout
+        more = {"rollout": checkpoints.unfinished(self.rollout, state.global_step, steps)}
         folder = self._checkpoint_folder(trial)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        history, state.log_history = state.log_history, state.log_history[-REWARD_WINDOW:]  # metrics.jsonl has all of it
+        others = partial(super()._save_checkpoint, model, trial)
         try:
-            whole = self.checkpoints.save(
-                folder, partial(super()._save_checkpoint, model, trial), more, run=self._describe()
-            )
+            if self.peers.rank == 0:
+                self.folder.flush(to_disk=True)
+            whole = self.checkpoints.save(folder, others, more, run=self.run, weights_only=self.args.save_only_model)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, state.log_history = limit, history
         if whole and self.peers.rank == 0:
-            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
+            checkpoints.rotate(folder.parent, limit, keep=folder, best=state.best_model_checkpoint)
 
     def _save_before_stop(self, trial: Any) -> None:
         """The steps so far are good, unless their weights are not."""
@@ -394,10 +483,15 @@ class GRPOTrainer(Trainer):
             self._save_checkpoint(self.model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Trainer's, with the parts that this trainer adds, and the random state."""
+        """Trainer's, with what was changed on purpose, the parts that this trainer adds, and the random state."""
+        changed = self._changes.schedule and not self.is_deepspeed_enabled
+        settings = settings_of(self.optimizer) if changed else []
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.rollout = self.checkpoints.load(Path(checkpoint), self.args.device)["rollout"]
+            if changed:
+                apply_settings(self.optimizer, self.lr_scheduler, settings)
+            state = self.checkpoints.load(Path(checkpoint), self.args.device, sampled_otherwise=self._changes.sampling)
+            self.rollout = state["rollout"]
             self._load_rng_state(checkpoint)
 
     # ---- Evaluation
@@ -406,6 +500,10 @@ class GRPOTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample every held-out prompt with fixed seeds, score, and log; several data sets have a prefix each."""
+        with self.folder.lock():
+            return self._evaluate_prompts(eval_dataset, metric_key_prefix)
+
+    def _evaluate_prompts(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         parts = self.eval_prompts if eval_dataset is None else self._checked_eval(eval_dataset)
         if not parts:
             raise ValueError("evaluation needs an eval_dataset")
@@ -436,7 +534,8 @@ class GRPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the steps since the last log measured; reward comes first."""
-        self.recorder.claim_folder(self.state.global_step)
+        if self.state.global_step == 0:
+            self.folder.begin_record()
         readings = {}
         if "loss" in logs:
             logs = self.recorder.line(logs, step=self.state.global_step)
@@ -446,6 +545,21 @@ class GRPOTrainer(Trainer):
             logs |= {f"guards/{name}": float(reading.tripped) for name, reading in readings.items()}
         super().log(logs, start_time)
         self.guards.act(readings)
+
+
+def trainable(
+    model: str | PreTrainedModel | PeftModel, args: GRPOConfig, peft_config: PeftConfig | None, **init: Any
+) -> tuple[Any, str | None]:
+    """The model as it is trained, and the name of the adapter that is its reference, where it is one."""
+    lm: Any = load_model(model, **init) if isinstance(model, str) else model
+    make_savable(causal_lm(lm))
+    keep_gradients(lm)
+    if args.cast_lm_head_to_fp32:
+        cast_head_to_fp32(causal_lm(lm))
+    lm, reference_adapter = adapters.with_adapter(lm, peft_config, needs_reference=args.beta > 0)
+    if args.disable_dropout:
+        disable_dropout(lm)
+    return lm, reference_adapter
 
 
 class Updates:
@@ -469,6 +583,7 @@ class Updates:
         trainer.policy.inner, trainer.policy.wrapped = trainer.model, trainer.model_wrapped  # the launcher's, by now
         for step in range(start, (start // self.steps + 1) * self.steps):
             index, place = divmod(step, args.steps_per_rollout)
+            trainer.stop.check()
             if trainer.rollout is None or trainer.rollout.index != index:
                 trainer.rollout = trainer.make_rollout(index)
             yield from [{}] * (args.gradient_accumulation_steps - 1)

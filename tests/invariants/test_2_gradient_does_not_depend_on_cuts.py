@@ -41,6 +41,13 @@ CASES = {
     "full weights": {},
     "several micro-batches each": {"tokens_per_microbatch": 40},
     "the second process has no signal": {"tokens_per_microbatch": 40, "flat_from": 2},
+    "tokens that are compared with all": {
+        "tokens_per_microbatch": 40,
+        "loss_type": "clip_cov",
+        "clip_cov_ratio": 0.3,
+        "clip_cov_lb": -2.0,
+        "top_entropy_quantile": 0.5,
+    },
     "lora, checkpointing, entropy": {"lora": True, "gradient_checkpointing": True, "entropy_coef": 0.1, "loss_type": "grpo"},
 }
 
