@@ -13,7 +13,7 @@ MISTAKES = (ValueError, OSError, ImportError)
 
 @contextmanager
 def as_sentences(arguments: list[str]) -> Iterator[None]:
-    """End the process with the message of a mistake; with `--traceback`, which is taken out of the arguments, let it through."""
+    """End the process with the message of a mistake; `--traceback`, which is taken out of the arguments, lets it through."""
     if "--traceback" in arguments:
         arguments.remove("--traceback")
         yield

@@ -76,7 +76,11 @@ def parse(argv: Sequence[str]) -> tuple[RunArguments, GRPOConfig]:
 
 def help_text() -> str:
     """Every setting with its default."""
-    lines = ["usage: grpo-hf train RECIPE [--SETTING VALUE ...] (a YAML file, or a name of `grpo-hf recipes`)", "", "model, data, rewards:"]
+    lines = [
+        "usage: grpo-hf train RECIPE [--SETTING VALUE ...] (a YAML file, or a name of `grpo-hf recipes`)",
+        "",
+        "model, data, rewards:",
+    ]
     own = {item.name for item in fields(GRPOConfig)} - {item.name for item in fields(GRPOConfig.__mro__[1])}
     sections: list[tuple[type, set[str] | None]] = [(RunArguments, None), (GRPOConfig, own)]
     for number, (kind, names) in enumerate(sections):
