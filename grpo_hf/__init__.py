@@ -8,6 +8,7 @@ Names are imported when they are first used, so that a package of verifiers does
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from grpo_hf.training.config import GRPOConfig
     from grpo_hf.training.trainer import GRPOTrainer
 
+__version__ = importlib.metadata.version("grpo_hf")
 __all__ = ["GRPOConfig", "GRPOTrainer", "register_reward"]
 
 _HOME = {

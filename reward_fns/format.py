@@ -25,9 +25,12 @@ def format(completion: str, *, pattern: str | None = None) -> float:
     (1.0, 0.0)
 
     Raises:
-        re.error: the pattern is not a regular expression.
+        ValueError: the pattern is not a regular expression.
     """
     if pattern is not None:
-        return float(re.fullmatch(pattern, completion, re.DOTALL) is not None)
+        try:
+            return float(re.fullmatch(pattern, completion, re.DOTALL) is not None)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
     parts = _TAG.split(completion)
     return float(parts[1::2] == TAGS and not "".join(parts[::4]).strip())

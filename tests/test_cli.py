@@ -89,7 +89,7 @@ MISTAKES = {
     "no value before the next": (["--num_generations", "--beta", "0"], "--num_generations needs a value"),
     "no number": (["--learning_rate", "fast"], "learning_rate='fast' is not a number"),
     "settings that cannot work": (["--num_generations", "3"], "does not hold whole groups of num_generations=3"),
-    "no recipe": (["missing.yaml"], r"there is no recipe missing.yaml; recipes are YAML files"),
+    "no recipe": (["missing.yaml"], r"there is no recipe missing.yaml: neither a YAML file of settings, nor one of"),
 }
 
 
@@ -130,13 +130,13 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    assert "there is no command 'trian', only train, serve, verify, toy" in capsys.readouterr().err
+    assert "there is no command 'trian', only train, recipes, init, serve, verify, toy" in capsys.readouterr().err
 
 
 def test_train_without_a_recipe_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
     assert main(["train", "--help"]) == 0
-    assert capsys.readouterr().out.count("usage: grpo-hf train RECIPE.yaml") == 2
+    assert capsys.readouterr().out.count("usage: grpo-hf train RECIPE") == 2
 
 
 # ---- A run

@@ -146,7 +146,7 @@ def test_a_part_gets_only_what_it_takes():
 
     assert get_reward(gate(returns(1.0), everything)).takes_all
     assert scored(gate(returns(1.0), "exact_match"), "Paris", answer="Paris", strip=False) == 1.0
-    assert scored(gate("exact_match", everything), "4", answer="4", other=1) == 7
+    assert scored(gate("exact_match", everything), "4", answer="4", other=1) == 8
 
 
 def test_one_form_in_yaml_and_nested():

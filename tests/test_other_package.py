@@ -48,7 +48,7 @@ def run(command: list[str], folder: Path) -> str:
 
 def recipe(folder: Path, rewards: str) -> Path:
     """The toy recipe with other rewards; two steps of it take no time."""
-    text = (ROOT / "recipes" / "toy_sorting.yaml").read_text()
+    text = (ROOT / "recipes" / "toy_sorting.yaml").read_text().replace("toy_sorting.py:", f"{ROOT}/recipes/toy_sorting.py:")
     for name, line in {"rewards": rewards, "reward_weights": "[1.0, 0.5]", "headline": "sort_distance"}.items():
         text = re.sub(rf"^{name}:.*$", lambda match, line=f"{name}: {line}": line, text, flags=re.MULTILINE)
     path = folder / "recipe.yaml"

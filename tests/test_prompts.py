@@ -79,7 +79,7 @@ def test_overlong_prompts_are_dropped_when_asked(tokenizer, caplog: pytest.LogCa
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (None, "evals is missing: give at least one row with a prompt"),
+        (None, "`evals` is required: give at least one row with a prompt"),
         ([], "evals is empty: give at least one row with a prompt"),
         ([{"prompts": "w1", "a": 1}], r"evals has no column 'prompt', only \['prompts', 'a'\]; .*rename_column\('prompts'"),
         ([{"question": "w1"}], r"no column 'prompt', only \['question'\]; use evals.rename_column\('question', 'prompt'\)"),

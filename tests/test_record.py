@@ -31,7 +31,7 @@ def test_the_smallest_and_the_largest_share_of_clipped_tokens(tmp_path: Path) ->
     batch = packed_batch(random_samples([(3, [4, 4])]))
     clipped = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0])
     metrics = {"clip_ratio/low": clipped, "clip_ratio/high": clipped}
-    trainer.recorder.step(StepReport(torch.tensor(0.5), [batch], [metrics]))
+    trainer.recorder.step(StepReport(torch.tensor(0.5), batches=[batch], metrics=[metrics]))
     logged = trainer.metrics.flush(lambda mine: [mine], steps=1)
     found = {name: logged[f"clip_ratio/{name}"] for name in ("low_mean", "high_mean", "low_min", "high_max")}
     assert found == pytest.approx({"low_mean": 0.5, "high_mean": 0.5, "low_min": 0.25, "high_max": 0.75})

@@ -108,7 +108,7 @@ def test_async_calls_of_one_score_run_concurrently():
         nonlocal running, most
         running += 1
         most = max(most, running)
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
         running -= 1
         return answer
 

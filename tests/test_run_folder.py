@@ -171,7 +171,7 @@ def test_rollouts_are_saved_as_parquet(tmp_path: Path) -> None:
     assert files == ["rollout-000000-0.parquet", "rollout-000001-0.parquet"]
     first, last = (pq.read_table(tmp_path / "rollouts" / name).to_pylist() for name in files)
     assert list(first[0]) == [
-        *("step", "rollout", "weights", "process", "prompt", "completion", "length", "truncated"),
+        *("step", "rollout", "weights", "process", "prompt", "completion", "length", "truncated", "messages", "turns"),
         *("rewards/even_words", "rewards/len_of_text", "outcomes/even_words", "outcomes/len_of_text", "reward", "advantage"),
     ]
     assert {row["step"] for row in first} == {1}

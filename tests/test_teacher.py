@@ -85,7 +85,7 @@ def test_a_teacher_beside_a_reward(tmp_path: Path) -> None:
     (line,) = logs(trainer)
     # On-policy the policy's part is -Σ A / tokens, and the other 0.5 times the mean difference.
     assert line["loss"] - line["policy_loss"] == pytest.approx(0.5 * line["teacher_kl"], rel=1e-3)
-    assert trainer._describe()["teacher"] == str(tmp_path / "teacher"), "a run with another is another run"
+    assert trainer.run["weights of the teacher"], "a run with another is another run"
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from grpo_hf.episodes.settings import ToolSettings
 from grpo_hf.episodes.toolbox import Session, Toolbox
 from grpo_hf.isolation import server
 from grpo_hf.metrics import Metrics
-from grpo_hf.types import ToolCall
+from grpo_hf.types import Completion, Group, Prompt, ToolCall, Turn
 
 SETTINGS = ToolSettings(timeout=1.5, memory_gb=0.25, workers=4, environments=6)
 LIMIT = SETTINGS.result_chars
@@ -495,11 +496,15 @@ def test_metrics() -> None:
         ToolCall("made/up", {}, "error"),
     ]
     metrics = Metrics()
-    record_calls(metrics, calls, completions=8, names=["a", "b"], resets=[ToolCall("reset", {}, "crash", seconds=5.0)])
+    turns = [Turn(3, False, calls=[call]) for call in calls]
+    first = Completion([], truncated=False, turns=turns, reset=ToolCall("reset", {}, "crash", seconds=5.0))
+    group = Group(Prompt(0, "", [], {}), [first, *(Completion([], truncated=False) for _ in range(7))])
+    record_calls(metrics, [group], ["a", "b"])
     found = {
         name: value for name, value in metrics.flush(lambda own: [own], steps=1).items() if "time/" not in name and value
     }
     assert found == {
+        "tools/turns": 0.5,
         "tools/call_frequency": 0.5,
         "tools/failure_frequency": 0.75,
         "tools/a/outcomes/ok": 0.5,
@@ -514,9 +519,9 @@ def test_metrics() -> None:
         "tools/reset/seconds/mean": 5.0,
         "tools/reset/seconds/max": 5.0,
     }
-    record_calls(metrics, [], completions=8, names=[])
+    record_calls(metrics, [replace(group, completions=group.completions[1:])], [])
     values = metrics.flush(lambda own: [own], steps=1)
-    assert values["tools/call_frequency"] == 0.0 and "tools/failure_frequency" not in values
+    assert values["tools/call_frequency"] == values["tools/failure_frequency"] == 0.0, "as in TRL"
 
 
 # ---- Life and death

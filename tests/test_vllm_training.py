@@ -92,7 +92,7 @@ def test_a_correction_that_masks_everything_leaves_no_gradient(tmp_path: Path) -
     kept = Gradients()
     settings = {"vllm_importance_sampling_clip_max": 0.5, "vllm_max_model_length": 24}
     trainer = vllm_trainer(tmp_path, callbacks=[kept], **settings)
-    assert trainer.stream.sampler.engine.max_model_len == 24
+    assert trainer.stream.sampler.engine.max_model_length == 24
     trainer.train()
     assert lines(trainer)[0]["sampling/frac_weights_bounded"] == 1
     assert all(not gradient.any() for gradient in kept.steps[0].values())

@@ -12,9 +12,12 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from grpo_hf.cli.data import FORMATS
 from grpo_hf.training.config import GRPOConfig, option
 from grpo_hf.training.trl_names import TRL_ONLY
 
+SHIPPED = Path(__file__).parents[1] / "recipes"
+_FILE = re.compile(rf"(.+\.py):\w+|.+({'|'.join(map(re.escape, FORMATS))})")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
@@ -56,7 +59,7 @@ def parse(argv: Sequence[str]) -> tuple[RunArguments, GRPOConfig]:
     settings: dict[str, Any] = {}
     rest = list(argv)
     while rest and not rest[0].startswith("--"):
-        settings |= _read_yaml(Path(rest.pop(0)))
+        settings |= _read_yaml(find_recipe(rest.pop(0)))
     while rest:
         name, equals, text = rest.pop(0).removeprefix("--").partition("=")
         name = name.replace("-", "_")
@@ -78,7 +81,11 @@ def parse(argv: Sequence[str]) -> tuple[RunArguments, GRPOConfig]:
 
 def help_text() -> str:
     """Every setting with its default."""
-    lines = ["usage: grpo-hf train RECIPE.yaml [--SETTING VALUE ...]", "", "model, data, rewards:"]
+    lines = [
+        "usage: grpo-hf train RECIPE [--SETTING VALUE ...] (a YAML file, or a name of `grpo-hf recipes`)",
+        "",
+        "model, data, rewards:",
+    ]
     own = {item.name for item in fields(GRPOConfig)} - {item.name for item in fields(GRPOConfig.__mro__[1])}
     sections: list[tuple[type, set[str] | None]] = [(RunArguments, None), (GRPOConfig, own)]
     for number, (kind, names) in enumerate(sections):
@@ -89,13 +96,54 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that are installed with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's file: a path, or the name of one that ships."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if name in shipped:
+        return shipped[name]
+    raise ValueError(f"there is no recipe {name}: neither a YAML file of settings, nor one of {', '.join(shipped)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a setting stands once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is set twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"there is no recipe {path}; recipes are YAML files of settings, see recipes/")
-    settings = yaml.safe_load(path.read_text()) or {}
+    with path.open() as file:
+        try:
+            settings = yaml.load(file, _Loader) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold `setting: value` lines, not a {type(settings).__name__}")
-    return settings
+    return {name: _beside(path.parent, value) for name, value in settings.items()}
+
+
+def _beside(folder: Path, value: Any) -> Any:
+    """The value with each path of a file of functions or rows that is relative to the recipe's folder made one from here."""
+    if isinstance(value, dict):
+        return {key: _beside(folder, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_beside(folder, item) for item in value]
+    if isinstance(value, str) and (found := _FILE.fullmatch(value)) and (folder / (found[1] or value)).is_file():
+        return str(folder / value)
+    return value
 
 
 def _declared_types() -> dict[str, tuple[type, ...]]:

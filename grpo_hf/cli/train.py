@@ -16,6 +16,7 @@ from datasets import Dataset, load_dataset
 from peft import LoraConfig
 
 from grpo_hf.cli.data import FORMATS
+from grpo_hf.cli.mistakes import MISTAKES
 from grpo_hf.cli.recipe import RunArguments, help_text, parse
 from grpo_hf.report import write_report
 from grpo_hf.rewards import check_columns
@@ -65,7 +66,10 @@ def run_recipe(run: RunArguments, config: GRPOConfig) -> None:
     before = None
     if trainer.eval_prompts:
         before = first_value(folder, headline) if checkpoint else trainer.evaluate().get(headline)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except MISTAKES as error:  # not in the settings: those are checked before
+        raise RuntimeError(f"training has failed: {error}") from error
     after = last_value(trainer, headline) if trainer.eval_prompts else None
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -100,7 +100,7 @@ def get_reward(spec: RewardSpec) -> Reward:
 
 def get_rewards(specs: RewardSpec | Sequence[RewardSpec]) -> list[Reward]:
     """Find several verifiers (or one); a repeated name gets a suffix: the second `exact_match` is `exact_match_2`."""
-    if isinstance(specs, str | Mapping | Reward) or callable(specs):
+    if not isinstance(specs, Sequence) or isinstance(specs, str):
         specs = [specs]
     rewards: dict[str, Reward] = {}
     for reward in map(get_reward, specs):

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,8 +74,27 @@ def load_prompts(
     return PromptSet(table, [ids[number] for number in kept], kept)
 
 
+def check_is_table(dataset: Any, name: str) -> None:
+    """Raise ValueError where it is not rows: a path, or a list of something else."""
+    if isinstance(dataset, str | Path):
+        raise ValueError(
+            f"{name}={str(dataset)!r} is a name; load it: datasets.load_dataset({str(dataset)!r}, split='train'), or of a "
+            f"file datasets.load_dataset('json', data_files={str(dataset)!r}, split='train')"
+        )
+    if isinstance(dataset, list):
+        wrong = next((number for number, row in enumerate(dataset) if not isinstance(row, dict)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{name} is a list whose entry {wrong} is {dataset[wrong]!r:.60}; a row is a dict: {{'prompt': ..., and the "
+                "columns that verifiers ask for}"
+            )
+    elif dataset is not None and not hasattr(dataset, "column_names"):
+        raise ValueError(f"{name} is a {type(dataset).__name__}; give a datasets.Dataset or a list of dicts")
+
+
 def checked_dataset(dataset: Any, name: str) -> Dataset:
     """The dataset as a datasets.Dataset with rows and a prompt column; ValueError with the fix otherwise."""
+    check_is_table(dataset, name)
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             f"{name} is an IterableDataset: exact resume needs rows by number. "

@@ -284,6 +284,8 @@ def resume_point(wanted: str | bool | None, folder: Path) -> Path | None:
         checkpoint = newest_checkpoint(folder)
         if checkpoint is None and wanted != "auto":
             raise ValueError(f"resume_from_checkpoint={wanted}: {folder} has no whole checkpoint; 'auto' starts anew then")
+        if checkpoint is None:
+            logger.warning(f"resume_from_checkpoint=auto: {folder} has no whole checkpoint yet, so the run starts anew")
     else:
         checkpoint = Path(str(wanted))
         problem = damage(checkpoint)

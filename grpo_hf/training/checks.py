@@ -20,7 +20,8 @@ from grpo_hf.evaluation import metric_names
 from grpo_hf.rewards import Reward, Scorer, check_columns, get_rewards
 from grpo_hf.rewards.gold import bad_gold
 from grpo_hf.rewards.loading import nearest
-from grpo_hf.rollout.prompts import PromptSet, checked_dataset, load_prompts
+from grpo_hf.rewards.trial import try_options
+from grpo_hf.rollout.prompts import PromptSet, check_is_table, checked_dataset, load_prompts
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.policy import StepReport
 from grpo_hf.types import Group
@@ -124,6 +125,7 @@ def checked_prompts(
         )
     if isinstance(table, dict):
         raise ValueError(f"{name} holds several data sets ({', '.join(table)}); give one: {name}[{next(iter(table), '')!r}]")
+    check_is_table(table, name)
     if toolbox is not None:
         table = with_environment(table, name, args, toolbox)
     table = checked_dataset(table, name)
@@ -138,6 +140,7 @@ def checked_prompts(
         schemas=None if toolbox is None else toolbox.schemas,
     )
     check_token_ids(prompts, name, tokenizer, config)
+    try_options(scorer, prompts.dataset[prompts.kept[0]])
     return prompts if args.bad_gold_rows == "keep" else with_good_gold(prompts, name, args, scorer)
 
 

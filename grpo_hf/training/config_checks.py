@@ -164,6 +164,15 @@ def _check_engine(config: GRPOConfig) -> None:
     structured = config.vllm_structured_outputs_regex is not None or config.vllm_structured_outputs_json is not None
     if structured and not config.use_vllm:
         raise ValueError("vllm_structured_outputs_regex and vllm_structured_outputs_json need use_vllm=True")
+    if config.vllm_mode == "server" and not config.use_vllm:
+        raise ValueError(
+            "vllm_mode='server' asks for vLLM, and use_vllm is False; set use_vllm=True, or leave vllm_mode out"
+        )
+    if config.vllm_server_base_url is not None and config.vllm_mode != "server":
+        raise ValueError(
+            f"vllm_server_base_url={config.vllm_server_base_url!r} is for vllm_mode='server', and vllm_mode is "
+            f"{config.vllm_mode!r}; set use_vllm=True and vllm_mode='server', or leave the address out"
+        )
     parts = config.vllm_tensor_parallel_size
     if parts > 1 and (not config.use_vllm or config.vllm_mode != "colocate"):
         raise ValueError(

@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 ACTIONS = ("warn", "skip", "stop")
 
 REWARD_WINDOW = 10
-"""Log lines in a running mean of the reward."""
+"""Log lines in a running mean of the reward; checkpoints keep as many."""
 
 
 class GuardError(RuntimeError):
@@ -37,8 +37,8 @@ class Seen:
     step: int
     values: Mapping[str, float] = field(default_factory=dict)
     """By metric name: means over one update's tokens, over all processes."""
-    rewards: Sequence[float] = ()
-    """The mean reward of each log line so far."""
+    lines: Sequence[Mapping[str, float]] = ()
+    """The log lines so far of steps that had a reward."""
     explain: Callable[[], str] = lambda: ""
     """Where a value that is not finite comes from."""
 
@@ -70,7 +70,8 @@ def not_finite(seen: Seen, limit: float) -> Reading | None:
 
 def reward_collapse(seen: Seen, share: float) -> Reading | None:
     """The mean reward of the last REWARD_WINDOW log lines against the best such mean, where that is positive."""
-    sums = [sum(seen.rewards[end - REWARD_WINDOW : end]) for end in range(REWARD_WINDOW, len(seen.rewards) + 1)]
+    rewards = [line["reward"] for line in seen.lines]
+    sums = [sum(rewards[end - REWARD_WINDOW : end]) for end in range(REWARD_WINDOW, len(rewards) + 1)]
     if not sums or max(sums) <= 0:
         return None
     now, best = sums[-1] / REWARD_WINDOW, max(sums) / REWARD_WINDOW
@@ -80,6 +81,36 @@ def reward_collapse(seen: Seen, share: float) -> Reading | None:
         f"best, {best:.4g}: read the samples in rollouts/, go back to a checkpoint from before, and try a lower "
         "learning_rate or beta > 0",
     )
+
+
+def no_signal(seen: Seen, lines: float) -> Reading | None:
+    """So many log lines in a row in which the completions of each prompt all earned the same, which teaches nothing."""
+    last = seen.lines[-int(lines) :]
+    if len(last) < lines:
+        return None
+    line = last[-1]
+    shares = {
+        name.split("/")[1]: line.get(name.replace("/mean", "/outcomes/no_answer"), 0.0)
+        for name in line
+        if name.startswith("rewards/") and name.endswith("/mean")
+    }
+    said = [f"{name} scores {line[f'rewards/{name}/mean']:.3g}, {share:.0%} no answer" for name, share in shares.items()]
+    if any(share > 0.5 for share in shares.values()):
+        advice = "a prompt that says which form the answer takes, or max_completion_length"
+        advice += " where completions are cut off before they answer"
+    elif line["reward"] > 0:
+        advice = "harder prompts, or skip_solved_after, where all completions are right"
+    else:
+        advice = "easier prompts first (curriculum), a larger num_generations, or a verifier that gives credit for a part"
+    return Reading(
+        all(item.get("frac_reward_zero_std") == 1 for item in last),
+        f"up to step {seen.step}, {len(last)} log lines had no prompt whose completions earned different rewards, so "
+        f"nothing was learned from them ({'; '.join([*said, _cut_off(line)])}). What usually mends it: {advice}",
+    )
+
+
+def _cut_off(line: Mapping[str, float]) -> str:
+    return f"{line.get('completions/clipped_ratio', 0.0):.0%} of the completions are cut off"
 
 
 def entropy_collapse(seen: Seen, limit: float) -> Reading | None:
@@ -147,6 +178,7 @@ class Guard:
 GUARDS: dict[str, Guard] = {
     "not_finite": Guard(not_finite, math.inf, "stop"),
     "reward_collapse": Guard(reward_collapse, 0.5, can_skip=False),
+    "no_signal": Guard(no_signal, 10, can_skip=False),
     "entropy_collapse": Guard(entropy_collapse, 0.01),
     "kl": Guard(kl, 1.0, needs="beta"),
     # Nats: bfloat16 gives 0.01 to 0.04, different weights or another attention 1 and more.

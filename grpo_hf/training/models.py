@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,43 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import find_adapter_config_file, logging
 
 logger = logging.get_logger(__name__)
+
+
+NOT_CAUSAL = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice")
+"""How the architectures end that predict no next token."""
+
+
+def checked_model(model: Any) -> Any:
+    """The model, or its name; ValueError for what is no causal LM, or names none, before anything is loaded."""
+    if isinstance(model, str | Path):
+        model = str(model)
+        folder = Path(model).expanduser()
+        looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+        if looks_local and not folder.is_dir():
+            raise ValueError(f"model={model!r}: there is no such folder; give one with a config.json, or a hub name")
+        if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+            raise ValueError(
+                f"model={model!r} holds no model: it has no config.json and no adapter_config.json, but {found}"
+            )
+        if (folder / "config.json").is_file():
+            _check_causal(json.loads((folder / "config.json").read_text()), model)
+    elif not isinstance(model, PreTrainedModel | PeftModel):
+        raise ValueError(
+            f"model={model!r:.100} is a {type(model).__name__}; give a causal LM, a PeftModel, a folder or a hub name"
+        )
+    else:
+        _check_causal(model.config.to_dict(), type(causal_lm(model)).__name__)
+    return model
+
+
+def _check_causal(config: dict[str, Any], name: str) -> None:
+    kinds = config.get("architectures") or []
+    if config.get("is_encoder_decoder") or any(kind.endswith(NOT_CAUSAL) for kind in kinds):
+        raise ValueError(
+            f"{name} is no causal LM but {', '.join(kinds) or 'an encoder with a decoder'}; give one that "
+            "AutoModelForCausalLM loads, which predicts each token from those before it"
+        )
 
 
 def load_config(model: str | PreTrainedModel | PeftModel, **options: Any) -> PretrainedConfig:

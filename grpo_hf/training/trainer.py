@@ -54,6 +54,7 @@ from grpo_hf.training.guards import REWARD_WINDOW, GuardError, Guards, Seen
 from grpo_hf.training.models import (
     causal_lm,
     check_router,
+    checked_model,
     is_sharded,
     keep_gradients,
     load_config,
@@ -111,6 +112,7 @@ class GRPOTrainer(Trainer):
         teacher: str | PreTrainedModel | None = None,
     ):
         args = args or GRPOConfig()
+        model = checked_model(model)
         init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         own_adapter = adapters.config_of(model, **init)
         adapters.check_one_adapter(model, own_adapter, peft_config)
@@ -540,8 +542,8 @@ class GRPOTrainer(Trainer):
         if "loss" in logs:
             logs = self.recorder.line(logs, step=self.state.global_step)
             logs["num_tokens"] = self.state.num_input_tokens_seen
-            rewards = [line["reward"] for line in [*self.state.log_history, logs] if "loss" in line and "reward" in line]
-            readings = self.guards.look(Seen(self.state.global_step, rewards=rewards))
+            lines = [line for line in [*self.state.log_history, logs] if "loss" in line and "reward" in line]
+            readings = self.guards.look(Seen(self.state.global_step, lines=lines))
             logs |= {f"guards/{name}": float(reading.tripped) for name, reading in readings.items()}
         super().log(logs, start_time)
         self.guards.act(readings)
