@@ -59,7 +59,7 @@ def demonstrations(count: int, generator: random.Random) -> tuple[list[list[dict
     for _ in range(count):
         game, listens = GuessNumber(), generator.random() < 1 / 3
         game.reset(generator.randint(1, HIGHEST))
-        messages = [*PROMPT]
+        messages: list[dict[str, Any]] = [*PROMPT]
         while not game.found and game.guesses < GUESSES:
             guess = generator.randint(game.low, game.high) if listens else generator.randint(1, HIGHEST)
             call = {"function": {"name": "guess", "arguments": {"number": guess}}}

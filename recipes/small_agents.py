@@ -50,7 +50,7 @@ Call tools as <tool_call>
 """
 """Turns between <|im_start|> and <|im_end|>, calls in the form of Hermes and Qwen, tools' answers in turns of their own."""
 
-Demonstrations = Callable[[int, random.Random], tuple[list[list[dict[str, Any]]], list[Callable[..., Any]]]]
+Demonstrations = Callable[[int, random.Random], tuple[list[list[dict[str, Any]]], list[Any]]]
 """(how many, random numbers) -> conversations as messages, and the tools that they have."""
 
 
@@ -76,14 +76,14 @@ def make_model(
         bos_token_id=None,
     )
     model = Qwen2ForCausalLM(config)
-    encoded = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         shown, tools=tools, return_dict=True, return_assistant_tokens_mask=True, padding=True, return_tensors="pt"
     )
     warm_up(model, encoded["input_ids"], encoded["assistant_masks"].bool(), steps=steps, generator=generator)
     return model, tokenizer
 
 
-def make_tokenizer(conversations: list[list[dict[str, Any]]], tools: list[Callable[..., Any]]) -> PreTrainedTokenizerFast:
+def make_tokenizer(conversations: list[list[dict[str, Any]]], tools: list[Any]) -> PreTrainedTokenizerFast:
     """Byte-level BPE of what stands between digits, marks and roles: a call's JSON is one token up to its numbers."""
     empty = Tokenizer(models.BPE())
     parts = pre_tokenizers.Split(Regex(r"\d{1,2}|<[^<>\s]+>|(system|user|assistant|tool)\n"), behavior="isolated")

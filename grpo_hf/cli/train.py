@@ -113,7 +113,7 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
         )
     return GRPOTrainer(
         model,
-        rewards[: len(rewards) - len(rewards_of(toolbox))],  # it adds its environments' itself
+        list(rewards[: len(rewards) - len(rewards_of(toolbox))]),  # it adds its environments' itself
         config,
         train,
         held_out,
