@@ -75,11 +75,11 @@ def make_data(*, train: int = 8192, held_out: int = 256) -> tuple[list[dict], li
 
 
 def demonstrations(count: int, generator: random.Random) -> tuple[list[list[dict[str, Any]]], list[Any]]:
-    """Three answers of four are guesses, and the others are calculated."""
+    """Two answers of three are guesses, and the others are calculated."""
     conversations = []
     for row in make_rows(count, generator):
         answer, messages = str(generator.randint(-99, 250)), [*row["prompt"]]
-        if generator.random() < 0.25:
+        if generator.random() < 1 / 3:
             answer = calculate(row["expression"])
             call = {"function": {"name": "calculate", "arguments": {"expression": row["expression"]}}}
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})

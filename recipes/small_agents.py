@@ -86,7 +86,7 @@ def make_model(
 def make_tokenizer(conversations: list[list[dict[str, Any]]], tools: list[Any]) -> PreTrainedTokenizerFast:
     """Byte-level BPE of what stands between digits, marks and roles: a call's JSON is one token up to its numbers."""
     empty = Tokenizer(models.BPE())
-    parts = pre_tokenizers.Split(Regex(r"\d{1,2}|<[^<>\s]+>|(system|user|assistant|tool)\n"), behavior="isolated")
+    parts = pre_tokenizers.Split(Regex(r"\d|<[^<>\s]+>|(system|user|assistant|tool)\n"), behavior="isolated")
     empty.pre_tokenizer = pre_tokenizers.Sequence([parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     empty.decoder = decoders.ByteLevel()
     base = PreTrainedTokenizerFast(

@@ -37,8 +37,10 @@ class Kind:
 
     name: str
     """Of their class."""
+    factory: Callable[[], Any]
+    """The user's."""
     parcel: Parcel
-    """The factory."""
+    """It as processes are sent it."""
     tools: dict[str, Tool]
     """Their public methods, by name, but for reset and get_reward."""
     reset: inspect.Signature
@@ -74,7 +76,7 @@ class Environments:
         self.kinds: dict[Any, Kind] = {}
         for name, factory in factories.items():
             made_class = factory if isinstance(factory, type) else self._class(factory, parcels[name], modules)
-            self.kinds[name] = _kind(made_class, parcels[name])
+            self.kinds[name] = _kind(made_class, factories[name], parcels[name])
 
     def _class(self, factory: Callable[[], Any], parcel: Parcel, modules: frozenset[str]) -> type:
         """The class of what a factory makes: one is made in a process of its own; here too where no module has its class."""
@@ -125,7 +127,7 @@ def _needs(factory: Callable[[], Any]) -> str:
     return ""
 
 
-def _kind(cls: type, parcel: Parcel) -> Kind:
+def _kind(cls: type, factory: Callable[[], Any], parcel: Parcel) -> Kind:
     functions = dict(inspect.getmembers(cls, inspect.isfunction))
     if "reset" not in functions:
         raise ValueError(f"the environment {where(cls)} has no method `reset(self, **row)`, which begins an episode")
@@ -137,7 +139,7 @@ def _kind(cls: type, parcel: Parcel) -> Kind:
     ]
     reset = inspect.signature(functions["reset"])
     reset = reset.replace(parameters=list(reset.parameters.values())[bound["reset"] :])
-    return Kind(cls.__name__, parcel, by_name(tools), reset, "get_reward" in functions)
+    return Kind(cls.__name__, factory, parcel, by_name(tools), reset, "get_reward" in functions)
 
 
 class Environment:

@@ -70,6 +70,12 @@ class Toolbox:
         """The classes of environments that have a reward of their own, each once."""
         return list(dict.fromkeys(kind.name for kind in self.kinds.values() if kind.has_reward))
 
+    @property
+    def all_schemas(self) -> list[list[dict[str, Any]]]:
+        """What episodes of each kind may call, as JSON schemas."""
+        own = [list(kind.tools.values()) for kind in self.kinds.values()] or [[]]
+        return [[tool.schema for tool in [*self.tools.values(), *more]] for more in own]
+
     def check(self, rows: Iterable[dict[str, Any]], dataset_name: str = "dataset") -> None:
         """See that each row has its environment, and that reset takes its columns.
 

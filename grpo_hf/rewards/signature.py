@@ -66,6 +66,12 @@ class Reward:
         """Whether it is told the trainer's state: it names that, or is a batch form that takes everything, as in TRL."""
         return "trainer_state" in self.built_ins or (not self.per_sample and self.accepts("trainer_state"))
 
+    @property
+    def takes_environments(self) -> bool:
+        """Whether it is shown the environments of episodes: it names them, or is a batch form that takes everything."""
+        named = "environment" in self.built_ins or "environments" in self.built_ins
+        return not self.of_environment and (named or (not self.per_sample and self.accepts("environments")))
+
     def accepts(self, name: str) -> bool:
         """Say whether the keyword `name` is to be passed to the function."""
         named = name in self.built_ins + self.columns + self.optional_columns

@@ -234,7 +234,8 @@ def batch_keywords(reward: Reward, samples: Sequence[Sample]) -> dict[str, Any]:
         "completions": [sample.completion for sample in samples],
         "completion_ids": [sample.completion_ids for sample in samples],
     }
-    if any(sample.environment for sample in samples):
-        known["environments"] = [packed_environment(sample) for sample in samples]
+    environments = [packed_environment(sample) for sample in samples] if reward.takes_environments else []
+    if "environments" in reward.built_ins or all(item.blob for item in environments):  # who asks is told why there is none
+        known["environments"] = environments
     listed = {key: [sample.row[key] for sample in samples] for key in columns}
     return listed | {key: value for key, value in known.items() if reward.accepts(key)}

@@ -15,8 +15,10 @@ from grpo_hf.episodes.sampler import EpisodeSampler
 from grpo_hf.episodes.toolbox import Toolbox
 from grpo_hf.rewards.signature import Reward, describe
 from grpo_hf.rollout.engine import Engine, Sampling
+from grpo_hf.rollout.prompts import PromptSet
 from grpo_hf.rollout.stream import SampleFunction
 from grpo_hf.training.config import GRPOConfig
+from grpo_hf.training.fingerprint import digest_of_code, digest_of_columns
 from grpo_hf.types import Completion, Prompt
 
 
@@ -33,6 +35,27 @@ def make_toolbox(tools: Any, environments: Any, rollout_func: Any, args: GRPOCon
     return Toolbox(tools, environments, args.tool_settings())
 
 
+def check_chat(toolbox: Toolbox | None, tokenizer: PreTrainedTokenizerBase, args: GRPOConfig) -> None:
+    """Raise ValueError where the tokenizer's chat template cannot show tools, calls and results."""
+    for schemas in toolbox.all_schemas if toolbox else ():
+        if schemas:
+            chat_of(tokenizer, args).check(schemas)
+
+
+def describe_agents(toolbox: Toolbox | None, rollout_func: Any, prompts: PromptSet) -> dict[str, Any]:
+    """What of them makes a run this run: their names and code, and the columns that environments are reset with."""
+    described: dict[str, Any] = {}
+    if rollout_func is not None:
+        described["code of rollout_func"] = digest_of_code(rollout_func)
+    if toolbox is not None:
+        described["tools"] = {name: digest_of_code(tool.function) for name, tool in toolbox.tools.items()}
+        kinds = {str(name): kind.factory for name, kind in toolbox.kinds.items()}
+        described["environments"] = {name: digest_of_code(factory) for name, factory in kinds.items()}
+        columns = prompts.dataset.column_names if kinds else []
+        described["columns that environments read"] = digest_of_columns(prompts.dataset, prompts.kept, columns)
+    return described
+
+
 def rewards_of(toolbox: Toolbox | None) -> list[Reward]:
     """One for each class of environments that has get_reward; others' episodes have none of it (TRL's)."""
 
@@ -46,7 +69,13 @@ def rewards_of(toolbox: Toolbox | None) -> list[Reward]:
 
 
 def make_episodes(
-    engine: Engine, toolbox: Toolbox, args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, *, max_model_length: int
+    engine: Engine,
+    toolbox: Toolbox,
+    rewards: list[Reward],
+    args: GRPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_model_length: int,
 ) -> SampleFunction:
     """Episodes with tools on an engine."""
     rules = Rules(
@@ -54,9 +83,14 @@ def make_episodes(
         max_model_length=max_model_length,
         max_tool_calling_iterations=args.max_tool_calling_iterations,
         policy=args.tool_policies(),
+        keeps_environments=any(reward.takes_environments for reward in rewards),
     )
-    chat = Chat(tokenizer, chat_template_kwargs=args.chat_template_kwargs)  # type: ignore[arg-type]
-    return EpisodeSampler(engine, partial(play, chat=chat, toolbox=toolbox, rules=rules))
+    return EpisodeSampler(engine, partial(play, chat=chat_of(tokenizer, args), toolbox=toolbox, rules=rules))
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase, args: GRPOConfig) -> Chat:
+    """The tokenizer's chat template with the run's options."""
+    return Chat(tokenizer, chat_template_kwargs=args.chat_template_kwargs)  # type: ignore[arg-type]
 
 
 RETURNED = ("prompt_ids", "completion_ids", "logprobs")

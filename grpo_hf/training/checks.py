@@ -115,8 +115,12 @@ def checked_prompts(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     toolbox: Toolbox | None = None,
+    more_columns: bool = False,
 ) -> PromptSet:
-    """The tokenized prompts of a dataset that has every column, answers that can be read, and fits into the context."""
+    """The tokenized prompts of a dataset that has every column, answers that can be read, and fits into the context.
+
+    With ``more_columns`` verifiers may ask for what a rollout function will say of its completions.
+    """
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and context <= args.max_completion_length:
         raise ValueError(
@@ -129,7 +133,8 @@ def checked_prompts(
     if toolbox is not None:
         table = with_environment(table, name, args, toolbox)
     table = checked_dataset(table, name)
-    check_columns(scorer.rewards, table.column_names, name)
+    if not more_columns:
+        check_columns(scorer.rewards, table.column_names, name)
     prompts = load_prompts(
         table,
         tokenizer,
@@ -160,7 +165,13 @@ def with_environment(table: Any, name: str, args: GRPOConfig, toolbox: Toolbox) 
         table = Dataset.from_list(table) if isinstance(table, list) else table
         if "prompt" not in table.column_names:
             table = table.add_column("prompt", [blank] * len(table))
-    toolbox.check(checked_dataset(table, name), name)
+    table = checked_dataset(table, name)
+    if isinstance(prompt := table[0]["prompt"], str):
+        raise ValueError(
+            f"tools need chat prompts, and row 0 of the {name} is the text {prompt!r:.60}; make it a message: "
+            f"[{{'role': 'user', 'content': {prompt!r:.60}}}]"
+        )
+    toolbox.check(table, name)
     return table
 
 

@@ -32,7 +32,7 @@ FREE = (
     "vllm_lora_sync reward_workers reward_concurrency dataloader_num_workers dataloader_pin_memory ddp_timeout "
     "ddp_bucket_cap_mb ddp_backend debug local_rank accelerator_config ignore_data_skip per_device_train_batch_size "
     "gradient_accumulation_steps steps_per_generation generation_batch_size log_unique_prompts log_multimodal "
-    "pad_to_multiple_of vllm_max_model_length"
+    "pad_to_multiple_of vllm_max_model_length tool_workers tool_concurrency tool_environments"
 ).split()
 """Settings that change no number of a run, or only its evaluations."""
 
@@ -52,7 +52,8 @@ SAID = [
     PROCESSES,
     *(
         "max_grad_norm beta epsilon epsilon_high delta entropy_coef sync_ref_model ref_model_mixup_alpha "
-        "ref_model_sync_steps reward_timeout reward_memory_gb reward_policy reward_max_fault_share bad_gold_rows guards"
+        "ref_model_sync_steps reward_timeout reward_memory_gb reward_policy reward_max_fault_share bad_gold_rows guards "
+        "tool_timeout tool_memory_gb tool_result_chars tool_policy"
     ).split(),
 ]
 """What is changed on purpose in the middle of a run: what follows is not what would have been, which is said."""

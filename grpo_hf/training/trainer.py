@@ -45,7 +45,7 @@ from grpo_hf.rollout.stream import GroupSampler, Rollout, RolloutStream, SampleF
 from grpo_hf.rollout.vllm_support import installed_vllm
 from grpo_hf.training import adapters, checkpoints, checks
 from grpo_hf.training import callbacks as own_callbacks
-from grpo_hf.training.agents import make_episodes, make_toolbox, rewards_of, rollouts_of
+from grpo_hf.training.agents import check_chat, describe_agents, make_episodes, make_toolbox, rewards_of, rollouts_of
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import longest_sequence, make_engine, make_sampling
 from grpo_hf.training.fingerprint import digest_of_weights
@@ -122,6 +122,7 @@ class GRPOTrainer(Trainer):
         if args.use_vllm and args.vllm_mode == "colocate":
             installed_vllm()
         self.metrics = Metrics()
+        self.tools = list(tools or [])
         self.toolbox = make_toolbox(tools, environment_factory, rollout_func, args)
         self.rollout_func = rollout_func
         owned = rewards_of(self.toolbox)
@@ -134,6 +135,7 @@ class GRPOTrainer(Trainer):
             init["quantization_config"] = quantization_config
         shared = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
         tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, **shared))
+        check_chat(self.toolbox, tokenizer, args)
         config = load_config(model, **shared)
         check_router(config, **init)
         self._check = partial(
@@ -143,6 +145,7 @@ class GRPOTrainer(Trainer):
             tokenizer=tokenizer,
             config=config,
             toolbox=self.toolbox,
+            more_columns=rollout_func is not None,
         )
         check_vocabulary(teacher, tokenizer, trust_remote_code=args.trust_remote_code)
         self.prompts = train = self._check(train_dataset, "train_dataset")
@@ -158,6 +161,7 @@ class GRPOTrainer(Trainer):
         self.peers = Peers(args.process_index, args.world_size, lambda item: gather_object([item]))
         self.folder = RunFolder(Path(str(args.output_dir)), self.peers)
         self.run = describe_run(args, train, self.rewards, self.reward_weights, lm)
+        self.run |= describe_agents(self.toolbox, rollout_func, train)
         """What makes it this run; taken before anything has changed it."""
         super().__init__(
             model=lm,
@@ -290,7 +294,7 @@ class GRPOTrainer(Trainer):
         if self.rollout_func is not None:
             episodes = rollouts_of(self.rollout_func, self)
         elif self.toolbox is not None:
-            episodes = make_episodes(engine, self.toolbox, args, tokenizer, max_model_length=length)
+            episodes = make_episodes(engine, self.toolbox, self.rewards, args, tokenizer, max_model_length=length)
         seed = args.seed if args.data_seed is None else args.data_seed
         return RolloutStream(
             prompts=self.prompts,
@@ -447,6 +451,8 @@ class GRPOTrainer(Trainer):
             raise
         finally:
             self.stream.sampler.engine.abort()
+            if self.toolbox is not None:
+                self.toolbox.close()
             self.folder.end()
         if self.checkpoints.unsaved:
             raise GuardError(f"the run has ended, and its last checkpoint is not saved: {self.checkpoints.unsaved}")
