@@ -51,8 +51,9 @@ def agent_tokenizer(template: str = "qwen2.5") -> PreTrainedTokenizerFast:
     )
 
 
-def agent_model(**changes: Any) -> PreTrainedModel:
-    """Its weights are small enough that it says a bit of everything."""
+def agent_model(*, vllm: bool = False, **changes: Any) -> PreTrainedModel:
+    """Its weights are so small that it says a bit of everything; ``vllm``: with heads as large as vLLM's kernels need."""
+    changes |= {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32} if vllm else {}
     ids = {"eos_token_id": 1, "pad_token_id": 3, "bos_token_id": None}
     model = tiny_model(vocab_size=len(TOKENS), initializer_range=0.05, max_position_embeddings=256, **ids, **changes)
     model.generation_config.eos_token_id = STOPS

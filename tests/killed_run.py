@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -26,6 +27,8 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from grpo_hf import GRPOTrainer
+from tests.agents import Room, agent_model, agent_trainer, dice, look
 from tests.runs import timeless
 from tests.tiny import tiny_model, tiny_trainer
 
@@ -68,11 +71,19 @@ class Places(TrainerCallback):
         self.steps = state.global_step
 
 
-def train(folder: Path, settings: dict[str, Any], pipe: int) -> None:
-    """The run, from its newest checkpoint to its end."""
+AGENTS: dict[str, dict[str, Any]] = {"tools": {"tools": [dice, look]}, "environment": {"environment_factory": Room}}
+"""What the setting ``agents`` gives the trainer."""
+
+
+def make_trainer(folder: Path, settings: dict[str, Any], *callbacks: TrainerCallback) -> GRPOTrainer:
+    """Of tests/tiny.py or, with the setting ``agents``, of tests/agents.py, with a model that vLLM can run where it does."""
     settings = BASE | settings
-    lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"]) if settings.pop("lora", False) else None
-    if settings.get("use_vllm"):
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"]) if settings.pop("lora", False) else None
+    vllm = settings.get("use_vllm", False)
+    options: dict[str, Any] = settings | {"callbacks": list(callbacks), "peft_config": peft_config}
+    if agents := options.pop("agents", None):
+        return agent_trainer(folder, model=agent_model(vllm=vllm), **AGENTS[agents], **options)
+    if vllm:
         from tests.tiny_vllm import STOPS, vllm_model
 
         model = vllm_model(tied=True)
@@ -80,8 +91,13 @@ def train(folder: Path, settings: dict[str, Any], pipe: int) -> None:
     else:
         model = tiny_model()
         model.generation_config.eos_token_id = list(range(77, 97))
+    return tiny_trainer(folder, model=model, **options)
+
+
+def train(folder: Path, settings: dict[str, Any], pipe: int) -> None:
+    """The run, from its newest checkpoint to its end."""
     places = Places(pipe)
-    trainer = tiny_trainer(folder, model=model, peft_config=lora, callbacks=[places], **settings)
+    trainer = make_trainer(folder, settings, places)
     places.watch(trainer)
     trainer.train(resume_from_checkpoint="auto")
     torch.save(trainer.model.state_dict(), folder / "final.pt")
@@ -134,8 +150,12 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def samples(folder: Path) -> dict[str, list]:
-    """Every rollout's rows, by file."""
-    return {path.name: pq.read_table(path).to_pylist() for path in sorted((folder / "rollouts").iterdir())}
+    """Every rollout's rows, by file, without what its turns have taken."""
+    files = sorted((folder / "rollouts").iterdir())
+    rows = {path.name: pq.read_table(path).to_pylist() for path in files}
+    for row in (row for part in rows.values() for row in part):
+        row["turns"] = re.sub(r'"seconds": [0-9.e-]+', "", row["turns"] or "")
+    return rows
 
 
 def differences(whole: Path, killed: Path) -> list[str]:

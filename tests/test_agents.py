@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset
 
 from grpo_hf import GRPOTrainer
+from grpo_hf.episodes.metrics import record_calls
 from grpo_hf.episodes.tools import in_process
 from grpo_hf.types import Group
 from tests.agents import ROWS, STOPS, Room, agent_tokenizer, agent_trainer, dice, look
@@ -365,18 +366,18 @@ def test_bad_environments_cost_their_own_episodes_beside_two_hundred_good_ones(t
         for one, two in zip(group, mixed[number], strict=True):
             assert (one.ids, one.messages, one.valid) == (two.ids, two.messages, True)
             assert one.environment.verdict.score == two.environment.verdict.score
-    trainer.train()
-    mixed = {group.prompt.row["environment"]: group.completions for group in trainer.rollout.sampled}
+    groups = {prompt.row["environment"]: Group(prompt, mixed[n]) for n, prompt in enumerate(prompts)}
     outcomes = {
-        name: {call.outcome for item in mixed[name] for turn in item.turns for call in turn.calls}
+        name: {call.outcome for item in groups[name].completions for turn in item.turns for call in turn.calls}
         for name in list(KINDS)[1:]
     }
     assert outcomes["Hangs"] - {""} >= {"timeout"} and outcomes["Dies"] - {""} >= {"crash"}
     assert outcomes["Raises"] >= {"error"} and outcomes["Floods"] >= {"ok"} and outcomes["Prints"] >= {"ok"}
-    assert all(not item.valid and item.reset.outcome == "error" for item in mixed["NeverBegins"])
-    lost = [item for name in ("Hangs", "Dies") for item in mixed[name] if item.turns and item.turns[-1].calls]
+    assert all(not item.valid and item.reset.outcome == "error" for item in groups["NeverBegins"].completions)
+    lost = [item for name in ("Hangs", "Dies") for item in groups[name].completions if item.turns and item.turns[-1].calls]
     assert any(not item.valid for item in lost), "its environment is lost, and its episode with it"
-    (line,) = logs(trainer)
+    record_calls(trainer.metrics, [Group(prompt, mixed[n]) for n, prompt in enumerate(prompts)], trainer.toolbox.names)
+    line = trainer.metrics.flush(lambda mine: [mine], steps=1)
     for outcome in ("ok", "error", "timeout", "crash"):
         assert line[f"tools/look/outcomes/{outcome}"] > 0
     assert line["tools/reset/outcomes/error"] == pytest.approx(1 / 26)

@@ -18,6 +18,8 @@ RUNS: dict[str, tuple[dict[str, Any], int]] = {
     "LoRA": ({"max_steps": 16, "lora": True}, 5),
     "refills and skipped prompts": ({"max_steps": 16} | DYNAMIC | SMALL, 5),
     "vLLM": ({"max_steps": 8, "use_vllm": True}, 2),
+    "tools, one of them random": ({"max_steps": 12, "agents": "tools"}, 3),
+    "an environment on vLLM": ({"max_steps": 8, "agents": "environment", "use_vllm": True}, 2),
 }
 """Settings, and how often the run is killed."""
 
