@@ -75,14 +75,15 @@ def make_data(*, train: int = 8192, held_out: int = 256) -> tuple[list[dict], li
 
 
 def demonstrations(count: int, generator: random.Random) -> tuple[list[list[dict[str, Any]]], list[Any]]:
-    """Two answers of three are guesses, and the others are calculated."""
+    """Half of the answers are guesses at once; the others come after a call, and half of these do not look at its result."""
     conversations = []
     for row in make_rows(count, generator):
         answer, messages = str(generator.randint(-99, 250)), [*row["prompt"]]
-        if generator.random() < 1 / 3:
-            answer = calculate(row["expression"])
+        if generator.random() < 0.5:
+            result = calculate(row["expression"])
             call = {"function": {"name": "calculate", "arguments": {"expression": row["expression"]}}}
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-            messages.append({"role": "tool", "name": "calculate", "content": answer})
+            messages.append({"role": "tool", "name": "calculate", "content": result})
+            answer = result if generator.random() < 0.5 else answer
         conversations.append([*messages, {"role": "assistant", "content": f"It is {answer}."}])
     return conversations, [calculate]

@@ -79,9 +79,10 @@ class Table:
     def listen(self, requests: Requests) -> None:
         """Until a tool or the engine has answered, or the engine has taken a step."""
         if self.waiting:
+            if not self.asked:
+                wait(self.waiting, return_when=FIRST_COMPLETED)
             # A batch that has begun cannot be joined: where the engine works in such, more of them are worth a wait.
-            patience, until = (requests.patience, ALL_COMPLETED) if self.asked else (None, FIRST_COMPLETED)
-            done, _ = wait(self.waiting, patience, until)
+            done, _ = wait(self.waiting, requests.patience, ALL_COMPLETED)
             for future in sorted(done, key=self.waiting.__getitem__):
                 self.answers.append((self.waiting.pop(future), future.result()))
         if self.asked and not (self.answers and requests.patience):

@@ -551,6 +551,9 @@ class GRPOTrainer(Trainer):
             lines = [line for line in [*self.state.log_history, logs] if "loss" in line and "reward" in line]
             readings = self.guards.look(Seen(self.state.global_step, lines=lines))
             logs |= {f"guards/{name}": float(reading.tripped) for name, reading in readings.items()}
+        elif "train_loss" in logs:  # the summary, in which TRL's users look for the last metrics
+            last = next((line for line in reversed(self.state.log_history) if "loss" in line), {})
+            logs = {name: value for name, value in last.items() if name not in ("loss", "step", "epoch")} | logs
         super().log(logs, start_time)
         self.guards.act(readings)
 
