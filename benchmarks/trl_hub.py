@@ -44,7 +44,11 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Gemma2ForCausalLM": ("gemma2", "qwen2_5", {"head_dim": 4}),
     "GptOssForCausalLM": ("gpt_oss", "qwen2_5", {"num_local_experts": 4, "head_dim": 4}),
     "Cohere2ForCausalLM": ("cohere2", "qwen2_5", {}),
-    "Glm4MoeForCausalLM": ("glm4_moe", "qwen2_5", {"head_dim": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1}),
+    "Glm4MoeForCausalLM": (
+        "glm4_moe",
+        "qwen2_5",
+        {"head_dim": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1},
+    ),
     "Qwen2ForSequenceClassification-2.5": ("qwen2", "qwen2_5", {"num_labels": 1}),
     "Qwen3ForSequenceClassification": ("qwen3", "qwen3", {"num_labels": 1, "head_dim": 4}),
     "LlamaForSequenceClassification-3.2": ("llama", "llama3", {"num_labels": 1}),
@@ -73,7 +77,10 @@ def tokenizer(template: str) -> PreTrainedTokenizerFast:
     vocabulary |= {"".join(alphabet[byte] for byte in word.encode()): number for number, word in WORDS.items()}
     vocabulary |= {token: number for number, token in (SPECIAL | MARKS).items()}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
     made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL.values()])
     made.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKS.values()])
     found = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -102,7 +109,10 @@ def rows(config: str) -> datasets.Dataset:
     lines = [line for line in text.splitlines() if len(line.split()) > 3]
     halves = [(" ".join(line.split()[:3]), " " + " ".join(line.split()[3:])) for line in lines]
     chat = config.startswith("conversational")
-    user, assistant = (lambda text: [{"role": "user", "content": text}]), (lambda text: [{"role": "assistant", "content": text}])
+    user, assistant = (
+        (lambda text: [{"role": "user", "content": text}]),
+        (lambda text: [{"role": "assistant", "content": text}]),
+    )
     columns: dict[str, list[Any]] = {"prompt": [user(first) if chat else first for first, _ in halves]}
     if not config.endswith("prompt_only"):
         columns["completion"] = [assistant(second) if chat else second for _, second in halves]

@@ -28,8 +28,23 @@ LEFT_OUT = "not VLM and not vlm and not multimodal and not Slow and not Transfor
 def outcomes(tests: Path, side: str, folder: Path, only: str | None) -> dict[str, str]:
     """Of each test that was run: "passed", or what it failed with."""
     report = folder / f"{side}.xml"
-    command = [sys.executable, "-m", "pytest", str(tests / "tests" / "test_grpo_trainer.py"), "-q", "-p", "benchmarks.trl_hub"]
-    command += ["-k", f"({LEFT_OUT}) and ({only})" if only else LEFT_OUT, "--junitxml", str(report), "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(tests / "tests" / "test_grpo_trainer.py"),
+        "-q",
+        "-p",
+        "benchmarks.trl_hub",
+    ]
+    command += [
+        "-k",
+        f"({LEFT_OUT}) and ({only})" if only else LEFT_OUT,
+        "--junitxml",
+        str(report),
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["--confcutdir", str(tests), "-o", "addopts=", "--rootdir", str(tests), "-n", "0"]
     path = os.pathsep.join([str(Path(__file__).parents[1]), str(tests)])
     more = {"GRPO_SIDE": side, "HUB": str(folder / "hub"), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -65,7 +80,11 @@ def main() -> None:
     if not args.only:
         import trl
 
-        result: dict[str, Any] = {"trl": trl.__version__, "pass with TRL": len(known), "pass with grpo_hf": len(known) - len(failed)}
+        result: dict[str, Any] = {
+            "trl": trl.__version__,
+            "pass with TRL": len(known),
+            "pass with grpo_hf": len(known) - len(failed),
+        }
         RESULT.write_text(json.dumps(result | {"fail with grpo_hf": failed}, indent=1) + "\n")
 
 

@@ -19,12 +19,14 @@ from tests.runs import same
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "num_iterations": 2}
 LORA = {"use_peft": True, "beta": 0.1}
 FAILURE = r"(?s)rank +: 1 .*traceback : .*RuntimeError: this process was told to fail"
+# either the launcher sees the death first, or process 0 misses the other one
+KILLED = r"Signal 9 \(SIGKILL\) received by PID|Connection (closed|reset) by peer"
 
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install deepspeed")
 
 # how it is launched, settings, how process 1 dies in its fourth step, what is said of it
 DEATHS = [
-    pytest.param({"config": "cpu_fsdp2_2proc"}, {}, "SIGKILL", r"Signal 9 \(SIGKILL\) received by PID", id="FSDP2"),
+    pytest.param({"config": "cpu_fsdp2_2proc"}, {}, "SIGKILL", KILLED, id="FSDP2"),
     pytest.param({"config": "cpu_2proc", "machines": 2}, LORA, "raise", FAILURE, id="two machines, LoRA"),
     pytest.param({"config": "zero2", "processes": 2}, LORA, "raise", FAILURE, id="ZeRO-2, LoRA", marks=DEEPSPEED),
     pytest.param({"config": "zero3", "processes": 2}, {}, "raise", FAILURE, id="ZeRO-3", marks=DEEPSPEED),

@@ -30,7 +30,7 @@ def file_of(folder: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") 
 
 
 def verify(*arguments: str) -> int:
-    return main(["verify", *arguments])
+    return main(["verify", *arguments, "--traceback"])
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])

@@ -138,8 +138,8 @@ def test_the_recipe_that_make_demo_runs(tmp_path: Path, monkeypatch: pytest.Monk
     small |= {"per_device_train_batch_size": 8, "num_generations": 4, "output_dir": str(tmp_path), "disable_tqdm": True}
     recipe = yaml.safe_load(Path("recipes/sorting_lm.yaml").read_text())
     assert recipe["use_vllm"] is True
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | small))
-    assert main([str(tmp_path / "recipe.yaml")]) == 0
+    changed = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in small.items()]
+    assert main(["recipes/sorting_lm.yaml", *changed]) == 0
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
     assert first["sampling/staleness"] == 0
 
