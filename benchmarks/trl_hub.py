@@ -14,7 +14,6 @@ import torch
 import transformers
 import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import grpo_hf
@@ -55,12 +54,12 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 """By the end of its name on the hub: the architecture, TRL's chat template, what its config has besides."""
 
-WORDS = {
-    4913: '{"', 606: "name", 788: '":', 330: ' "', 64648: "multiply", 22785: "_tool", 497: '",', 16370: "arguments", 5212: ' {"',
-    11248: "}}\n", 1513: " don", 944: "'t", 1414: " know", 894: " any", 5392: " tool", 17453: "Done", 7692: "async",
-    93054: "_multiply", 35744: "increment", 9520: "step", 2765: " won", 927: "sh", 411: "out", 1318: "text", 6023: "hi",
-    95642: '"}}\n', 450: "de", 13477: "crement", 16252: " increment", 14172: "tool", 6659: "call", 397: ">\n", 522: "</", 314: " {",
-    293: " b",
+WORDS: dict[int, str] = {
+    293: " b", 314: " {", 330: ' "', 397: ">\n", 411: "out", 450: "de", 497: '",', 522: "</", 606: "name", 788: '":',
+    894: " any", 927: "sh", 944: "'t", 1318: "text", 1414: " know", 1513: " don", 2765: " won", 4913: '{"',
+    5212: ' {"', 5392: " tool", 6023: "hi", 6659: "call", 7692: "async", 9520: "step", 11248: "}}\n",
+    13477: "crement", 14172: "tool", 16252: " increment", 16370: "arguments", 17453: "Done", 22785: "_tool",
+    35744: "increment", 64648: "multiply", 93054: "_multiply", 95642: '"}}\n',
 }  # fmt: skip
 """Of Qwen's vocabulary, what the tests have as ids."""
 SPECIAL = {151_643: "<|endoftext|>", 151_644: "<|im_start|>", 151_645: "<|im_end|>"}

@@ -3,9 +3,10 @@
     git clone --depth 1 https://github.com/huggingface/trl
     python -m benchmarks.trl_suite trl/tests
 
-Needs `pip install "grpo_hf[benchmarks]" pytest`. Text tests only, run once with TRL's trainer and once with ours; what passes with
-neither says nothing and is left out. The hub is not needed: models of the same architectures with random weights, and data sets
-with the same columns, are made on the spot under the names that the tests load. benchmarks/results/trl_suite.json has the result.
+Needs `pip install "grpo_hf[benchmarks,dev]"`. Text tests only, run once with TRL's trainer and once with ours; what does not
+pass with TRL's says nothing and is left out. The hub is not needed: models of the same architectures with random weights, and
+data sets with the same columns, are made on the spot under the names that the tests load. The result is in
+benchmarks/results/trl_suite.json.
 """
 
 from __future__ import annotations
@@ -28,24 +29,20 @@ LEFT_OUT = "not VLM and not vlm and not multimodal and not Slow and not Transfor
 def outcomes(tests: Path, side: str, folder: Path, only: str | None) -> dict[str, str]:
     """Of each test that was run: "passed", or what it failed with."""
     report = folder / f"{side}.xml"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(tests / "tests" / "test_grpo_trainer.py"),
-        "-q",
-        "-p",
-        "benchmarks.trl_hub",
-    ]
+    chosen = f"({LEFT_OUT}) and ({only})" if only else LEFT_OUT
+    command = [sys.executable, "-m", "pytest", str(tests / "tests" / "test_grpo_trainer.py"), "-p", "benchmarks.trl_hub"]
+    command += ["-k", chosen, "--junitxml", str(report), "-p", "no:cacheprovider", "--confcutdir", str(tests)]
     command += [
-        "-k",
-        f"({LEFT_OUT}) and ({only})" if only else LEFT_OUT,
-        "--junitxml",
-        str(report),
-        "-p",
-        "no:cacheprovider",
+        "--rootdir",
+        str(tests),
+        "--override-ini",
+        "addopts=",
+        "--numprocesses",
+        "2",
+        "--durations",
+        "20",
+        "--verbose",
     ]
-    command += ["--confcutdir", str(tests), "-o", "addopts=", "--rootdir", str(tests), "-n", "0"]
     path = os.pathsep.join([str(Path(__file__).parents[1]), str(tests)])
     more = {"GRPO_SIDE": side, "HUB": str(folder / "hub"), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=os.environ | more, cwd=tests, check=False)
