@@ -26,7 +26,6 @@ if os.environ["GRPO_SIDE"] == "grpo_hf":
     trl.GRPOTrainer, trl.GRPOConfig = grpo_hf.GRPOTrainer, grpo_hf.GRPOConfig
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 151_936,
     "hidden_size": 8,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -68,20 +67,23 @@ MARKS |= {151_667: "<think>", 151_668: "</think>"}
 
 
 def tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """Bytes with Qwen's ids, and its few words and marks that the tests need; texts become bytes."""
+    """Bytes, so that texts become bytes, and for the template of Qwen3 the words and marks that tests know by Qwen's ids."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     alphabet = bytes_to_unicode()
     vocabulary = {letter: number for number, letter in enumerate(alphabet.values())}
-    vocabulary |= {"".join(alphabet[byte] for byte in word.encode()): number for number, word in WORDS.items()}
-    vocabulary |= {token: number for number, token in (SPECIAL | MARKS).items()}
+    special, marks = ({256 + k: v for k, v in enumerate(SPECIAL.values())}, {})
+    if template == "qwen3":
+        vocabulary |= {"".join(alphabet[byte] for byte in word.encode()): number for number, word in WORDS.items()}
+        special, marks = SPECIAL, MARKS
+    vocabulary |= {token: number for number, token in (special | marks).items()}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     made.pre_tokenizer, made.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         decoders.ByteLevel(),
     )
-    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL.values()])
-    made.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKS.values()])
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
+    made.add_tokens([AddedToken(token, special=False, normalized=False) for token in marks.values()])
     found = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     found.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja").read_text()
     return found
@@ -93,19 +95,21 @@ def make_model(name: str) -> Path:
     if not folder.is_dir():
         kind, template, more = KINDS[name.partition("tiny-")[2]]
         torch.manual_seed(0)
-        ids = {"pad_token_id": 151_643, "eos_token_id": 151_645, "bos_token_id": None}
+        made = tokenizer(template)
+        ids = {"pad_token_id": made.pad_token_id, "eos_token_id": made.eos_token_id, "bos_token_id": None}
+        ids["vocab_size"] = 151_936 if template == "qwen3" else 512
         config = AutoConfig.for_model(kind, **SIZES | ids | more)
         auto = AutoModelForSequenceClassification if "num_labels" in more else AutoModelForCausalLM
         model = auto.from_config(config)
         model.save_pretrained(folder)
-        tokenizer(template).save_pretrained(folder)
+        made.save_pretrained(folder)
     return folder
 
 
 def rows(config: str) -> datasets.Dataset:
     """Data with the columns of one of TRL's configurations."""
     text = "".join(this.d.get(letter, letter) for letter in this.s)
-    lines = [line for line in text.splitlines() if len(line.split()) > 3]
+    lines = [line for line in text.splitlines() if len(line.split()) > 3][:8]
     halves = [(" ".join(line.split()[:3]), " " + " ".join(line.split()[3:])) for line in lines]
     chat = config.startswith("conversational")
     user, assistant = (

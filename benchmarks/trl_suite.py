@@ -4,8 +4,8 @@
     python -m benchmarks.trl_suite trl/tests
 
 Needs `pip install "grpo_hf[benchmarks,dev]"`. Text tests only, run once with TRL's trainer and once with ours; what does not
-pass with TRL's says nothing and is left out. The hub is not needed: models of the same architectures with random weights, and
-data sets with the same columns, are made on the spot under the names that the tests load. The result is in
+pass with TRL's says nothing and is left out. The hub is not needed: models of the same architectures with random weights,
+and data sets with the same columns, are made on the spot under the names that the tests load. The result is in
 benchmarks/results/trl_suite.json.
 """
 

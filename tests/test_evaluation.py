@@ -8,13 +8,15 @@ import pytest
 from datasets import Dataset
 
 from grpo_hf import GRPOTrainer
-from grpo_hf.evaluation import metric_names
+from grpo_hf.evaluation.sampling import metric_names
 from tests.runs import SAMPLE_NAMES, held_out_trainer, same, timeless, weights
 from tests.tiny import even_words
 
 HELD_OUT = [{"prompt": prompt} for prompt in ("w11", "w12 w13", "w14 w15 w16", "w17", "w18")]
 OTHERS = [{"prompt": "w21 w22"}]
-NAMES = SAMPLE_NAMES | {"loss"}
+NAMES = (
+    SAMPLE_NAMES | {"loss"} | {f"{name}_{end}" for name in ("reward", "rewards/even_words/mean") for end in ("low", "high")}
+)
 
 
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -32,7 +34,9 @@ def test_metric_names_are_those_of_training(tmp_path: Path) -> None:
     assert -metrics["eval_loss"] == metrics["eval_reward"] == metrics["eval_rewards/even_words/mean"] > 0
     assert trainer.state.log_history[-1]["eval_reward"] == metrics["eval_reward"]
     assert set(trainer.evaluate(metric_key_prefix="test")) - {"epoch"} == {f"test_{name}" for name in NAMES}
-    assert set(metric_names(["even_words"], 4)) == NAMES | {"rewards/even_words/pass@4"}
+    assert set(metric_names(["even_words"], 4)) == NAMES | {
+        f"rewards/even_words/{name}@{k}" for name in ("pass", "maj") for k in (2, 4)
+    }
 
 
 def test_several_data_sets_have_a_prefix_each(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ COMMANDS = {
     "train": ("grpo_hf.cli.train", "train a model as a recipe says"),
     "recipes": ("grpo_hf.cli.recipes", "list the recipes that `train` knows by name"),
     "init": ("grpo_hf.cli.init", "write a recipe, a verifier and its test to start from"),
+    "eval": ("grpo_hf.cli.eval", "sample held-out rows: avg@k, pass@k and maj@k with their intervals"),
+    "compare": ("grpo_hf.cli.compare", "two evaluations of the same rows, pair by pair"),
     "serve": ("grpo_hf.cli.serve", "start a vLLM server that a trainer can give weights to"),
     "verify": ("grpo_hf.cli.verify", "score completions with any reward, or check a dataset's gold answers"),
     "toy": ("grpo_hf.toy.cli", "the CS336 lecture's sorting experiments, and what solves them"),

@@ -39,6 +39,7 @@ class RunArguments:
     prompt_template: str | None = option(None, "Makes the prompt from a row's columns: '{question}'.")
     system_prompt: str | None = option(None, "Makes the prompt chat messages, with this first.")
     rewards: list = field(default_factory=list, metadata={"help": "Names, functions, or {name: ..., option: ...}."})
+    eval_rewards: list = field(default_factory=list, metadata={"help": "Those of held-out rows; default: the same."})
     teacher: str | None = option(None, "A model with the same tokenizer to learn from too: a hub name or a folder.")
     headline: str | None = option(None, "The reward that the last line shows before and after; default: the first.")
     tools: list = field(default_factory=list, metadata={"help": "path/file.py:function, which the model may call."})

@@ -19,7 +19,7 @@ from grpo_hf.cli.data import FORMATS
 from grpo_hf.cli.mistakes import MISTAKES
 from grpo_hf.cli.recipe import RunArguments, help_text, parse
 from grpo_hf.report import write_report
-from grpo_hf.rewards import check_columns
+from grpo_hf.rewards import check_columns, get_rewards
 from grpo_hf.rewards.loading import load_function
 from grpo_hf.rollout.prompts import checked_dataset
 from grpo_hf.training.agents import make_toolbox, rewards_of
@@ -62,7 +62,7 @@ def run_recipe(run: RunArguments, config: GRPOConfig) -> None:
     folder = Path(str(config.output_dir))
     checkpoint = resume_point(config.resume_from_checkpoint, folder)
     trainer = build_trainer(run, config)
-    headline = f"eval_rewards/{run.headline or trainer.rewards[0].name}/mean"
+    headline = f"eval_rewards/{run.headline or trainer.eval_scorer.rewards[0].name}/mean"
     before = None
     if trainer.eval_prompts:
         before = first_value(folder, headline) if checkpoint else trainer.evaluate().get(headline)
@@ -95,7 +95,8 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
     rewards, _ = checked_rewards(run.rewards, config, owned=rewards_of(toolbox))
     rows = with_environment(train, "train_dataset", config, toolbox) if toolbox else train
     check_columns(rewards, checked_dataset(rows, "train_dataset").column_names, "train_dataset")
-    if run.headline not in (None, *(known := [reward.name for reward in rewards])):
+    measured = get_rewards(run.eval_rewards) or rewards
+    if run.headline not in (None, *(known := [reward.name for reward in measured])):
         raise ValueError(f"headline={run.headline!r} is none of the rewards, which are {', '.join(known)}")
     check_writable(Path(str(config.output_dir)))
     model: Any = run.model_name_or_path
@@ -122,6 +123,7 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
         tools=tools,
         environment_factory=environments,
         teacher=run.teacher,
+        eval_reward_funcs=run.eval_rewards or None,
     )
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,27 +33,43 @@ GroupSummary = list[dict[str, Any]]
 
 def write_rollout(folder: Path, rollout: Rollout, *, step: int, process: int) -> Path:
     """Write one row a completion; a killed run leaves no half file, a resumed one overwrites its own."""
+    about = {"step": step, "rollout": rollout.index, "weights": rollout.version, "process": process}
+    path = folder / f"rollout-{rollout.index:06d}-{process}.parquet"
+    write_table(sample_rows(rollout.groups, about), path)
+    return path
+
+
+def sample_rows(groups: Sequence[Group], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a completion, with what all of them have in common (``about``): which prompt it is of (``row`` of the data
+    set, whose other columns are JSON), what was said, and what it was worth."""
     rows: list[dict[str, Any]] = []
-    extra = _extra_columns([item for group in rollout.groups for item in group.completions])
-    for group in rollout.groups:
+    extra = _extra_columns([item for group in groups for item in group.completions])
+    for number, group in enumerate(groups):
         prompt = group.prompt.raw if isinstance(group.prompt.raw, str) else repr(group.prompt.raw)
+        others = {name: value for name, value in group.prompt.row.items() if name != "prompt"}
+        columns = json.dumps(others, default=str, ensure_ascii=False)
         for item in group.completions:
             rows.append(
-                {"step": step, "rollout": rollout.index, "weights": rollout.version, "process": process}
+                about
+                | {"row": group.prompt.index, "group": number, "columns": columns}
                 | {"prompt": prompt, "completion": item.text, "length": num_sampled(item), "truncated": item.truncated}
                 | conversation(group.prompt, item)
                 | {f"rewards/{name}": value for name, value in item.rewards.items()}
                 | {f"outcomes/{name}": outcome for name, outcome in item.outcomes.items()}
                 | {"reward": item.reward, "advantage": item.advantage}
+                | {"ids": item.ids, "is_sampled": item.is_sampled, "logprobs": item.rollout_logprobs}
                 | {f"extra/{name}": values[len(rows)] for name, values in extra.items()}
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rollout-{rollout.index:06d}-{process}.parquet"
+    return rows
+
+
+def write_table(rows: list[dict[str, Any]], path: Path) -> None:
+    """A parquet file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     pq.write_table(pa.Table.from_pylist(rows), partial)
     sync(partial)
     os.replace(partial, path)
-    return path
 
 
 def conversation(prompt: Prompt, item: Completion) -> dict[str, str | None]:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from grpo_hf.algorithm.trial import check_credit
 from grpo_hf.episodes.toolbox import Toolbox
-from grpo_hf.evaluation import metric_names
+from grpo_hf.evaluation.sampling import metric_names
 from grpo_hf.rewards import Reward, Scorer, check_columns, get_rewards
 from grpo_hf.rewards.gold import bad_gold
 from grpo_hf.rewards.loading import nearest

@@ -29,13 +29,14 @@ from transformers.utils import logging
 
 from grpo_hf.algorithm.objective import Objective
 from grpo_hf.episodes.metrics import record_calls
-from grpo_hf.evaluation import evaluate_prompts
+from grpo_hf.evaluation.record import write_evaluation
+from grpo_hf.evaluation.sampling import evaluate_prompts
 from grpo_hf.metrics import Metrics
 from grpo_hf.packing.choose import choose_layout, disable_dropout
 from grpo_hf.packing.layout import default_budget
 from grpo_hf.packing.logprobs import cast_head_to_fp32
 from grpo_hf.packing.tree import common_length
-from grpo_hf.rewards import RewardSpec, Scorer
+from grpo_hf.rewards import Reward, RewardSpec, Scorer, get_rewards
 from grpo_hf.rewards.faults import merged, stop_if_faulty
 from grpo_hf.rollout.engine import EngineLostError
 from grpo_hf.rollout.peers import Peers
@@ -83,9 +84,9 @@ class GRPOTrainer(Trainer):
     needs a column "prompt" (strings or chat messages); verifiers take the other columns by name. `tools` are functions that
     the model may call in its answers; `environment_factory` makes an object with a state for each episode, whose methods are
     its tools, or maps names, which rows choose by their column "environment", to such factories; a `rollout_func` makes
-    completions itself. With a `teacher`, a name, a path or a causal LM with the same vocabulary, the reverse KL to it is
-    part of the loss (`teacher_coef`); without reward_funcs it is all of it. Raises ValueError for bad input before any
-    weights load.
+    completions itself. Held-out rows are scored with `eval_reward_funcs`, or as training's. With a `teacher`, a name, a path
+    or a causal LM with the same vocabulary, the reverse KL to it is part of the loss (`teacher_coef`); without reward_funcs
+    it is all of it. Raises ValueError for bad input before any weights load.
     """
 
     args: GRPOConfig  # type: ignore[assignment]
@@ -110,6 +111,7 @@ class GRPOTrainer(Trainer):
         rollout_func: Callable[[list[Any], GRPOTrainer], dict[str, Any]] | None = None,
         environment_factory: Any = None,
         teacher: str | PreTrainedModel | None = None,
+        eval_reward_funcs: RewardSpec | list[RewardSpec] | None = None,
     ):
         args = args or GRPOConfig()
         model = checked_model(model)
@@ -131,6 +133,10 @@ class GRPOTrainer(Trainer):
             reward_funcs, args, reward_processing_classes, owned=owned
         )
         self.scorer = Scorer(self.rewards, self.reward_weights, args.reward_settings())
+        self.eval_scorer = self.scorer
+        if eval_reward_funcs is not None:
+            others = [*get_rewards(eval_reward_funcs), *owned]
+            self.eval_scorer = Scorer(others, [1.0] * len(others), args.reward_settings())
         if quantization_config is not None:
             init["quantization_config"] = quantization_config
         shared = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
@@ -141,17 +147,16 @@ class GRPOTrainer(Trainer):
         self._check = partial(
             checks.checked_prompts,
             args=args,
-            scorer=self.scorer,
             tokenizer=tokenizer,
             config=config,
             toolbox=self.toolbox,
             more_columns=rollout_func is not None,
         )
         check_vocabulary(teacher, tokenizer, trust_remote_code=args.trust_remote_code)
-        self.prompts = train = self._check(train_dataset, "train_dataset")
+        self.prompts = train = self._check(train_dataset, "train_dataset", scorer=self.scorer)
         checks.check_enough_prompts(train, args)
         self.eval_prompts = evals = self._checked_eval(eval_dataset)
-        checks.check_best_metric(args, self.rewards, list(evals))
+        checks.check_best_metric(args, self.eval_scorer.rewards, list(evals))
         check_writable(Path(str(args.output_dir)))
 
         set_seed(args.seed)  # adapter weights are random
@@ -185,7 +190,7 @@ class GRPOTrainer(Trainer):
         self.compute_dtype: torch.dtype = args.compute_dtype or causal_lm(self.model).dtype
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(own_callbacks.RewardProgress(self.compute_dtype))
-        for reward in self.rewards:
+        for reward in self._all_rewards():
             if hasattr(reward.function, "processing_class"):  # a model
                 reward.function.to(self.args.device)  # type: ignore[attr-defined]
         self.objective: Objective = args.objective(teacher=teacher is not None)
@@ -222,7 +227,10 @@ class GRPOTrainer(Trainer):
     def _checked_eval(self, evals: Any) -> dict[str, PromptSet]:
         """Held-out prompts by name; a single data set has the name ""."""
         named = evals if isinstance(evals, dict) else {} if evals is None else {"": evals}
-        return {name: self._check(checks.in_memory(table), f"eval_dataset {name}".strip()) for name, table in named.items()}
+        return {
+            name: self._check(checks.in_memory(table), f"eval_dataset {name}".strip(), scorer=self.eval_scorer)
+            for name, table in named.items()
+        }
 
     def _make_policy(self, reference_adapter: str | None, teacher: PreTrainedModel | None) -> Policy:
         args, longest = self.args, max(map(len, self.prompts.ids))
@@ -294,7 +302,7 @@ class GRPOTrainer(Trainer):
         if self.rollout_func is not None:
             episodes = rollouts_of(self.rollout_func, self)
         elif self.toolbox is not None:
-            episodes = make_episodes(engine, self.toolbox, self.rewards, args, tokenizer, max_model_length=length)
+            episodes = make_episodes(engine, self.toolbox, self._all_rewards(), args, tokenizer, max_model_length=length)
         seed = args.seed if args.data_seed is None else args.data_seed
         return RolloutStream(
             prompts=self.prompts,
@@ -305,6 +313,9 @@ class GRPOTrainer(Trainer):
             peers=self.peers,
             choice=args.choice(),
         )
+
+    def _all_rewards(self) -> list[Reward]:
+        return self.rewards if self.eval_scorer is self.scorer else [*self.rewards, *self.eval_scorer.rewards]
 
     @property
     def reward_funcs(self) -> list[Any]:
@@ -525,7 +536,7 @@ class GRPOTrainer(Trainer):
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
                 measured = evaluate_prompts(
                     prompts,
-                    replace(stream.sampler, metrics=Metrics()),
+                    replace(stream.sampler, scorer=self.eval_scorer, metrics=Metrics()),
                     replace(stream.sampling, temperature=temperature),
                     num_generations=args.num_generations_eval or args.num_generations,
                     batch_size=args.per_device_eval_batch_size,
@@ -533,7 +544,11 @@ class GRPOTrainer(Trainer):
                     peers=self.peers,
                     trainer_state=self.state,
                 )
-                metrics |= {f"{prefix}_{key}": value for key, value in measured.items()}
+                metrics |= {f"{prefix}_{key}": value for key, value in measured.metrics.items()}
+                if args.save_rollouts and measured.groups:
+                    self.folder.begin_record()
+                    place = {"step": self.state.global_step, "process": self.peers.rank, "seed": args.seed}
+                    write_evaluation(self.folder.path, measured.groups, name=name, **place)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

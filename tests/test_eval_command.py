@@ -1,0 +1,62 @@
+"""`grpo-hf eval` and `grpo-hf compare`: a model's table, and two models' difference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo_hf.cli import main
+from grpo_hf.evaluation.record import read_evaluation
+from tests.tiny import tiny_model, tiny_tokenizer
+
+SMALL = ["--model_options", "{warm_up_until: 0.0}", "--dataset_options", "{train: 8, held_out: 12}", "--use_vllm", "false"]
+
+
+def evaluated(folder: Path, *more: str) -> int:
+    given = ["--recipe", "sorting_lm", "--output", str(folder), "--k", "4", "--temperature", "1.0", *SMALL, *more]
+    return main(["eval", *given])
+
+
+def test_a_recipe_is_evaluated_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, other = (tmp_path / name for name in ("a", "b", "other"))
+    assert evaluated(a, "--limit", "6") == 0
+    out = capsys.readouterr().out
+    assert "6 prompts, 4 samples each" in out and "95 % interval" in out
+    names = [line.split()[0] for line in out.splitlines() if "[" in line]
+    assert names == ["reward", "sorting/mean", *(f"exact_sort/{x}" for x in ("mean", "pass@2", "maj@2", "pass@4", "maj@4"))]
+    assert [len(item.rewards) for item in read_evaluation(a)["eval"]] == [4] * 6
+    assert evaluated(b, "--limit", "6", "--temperature", "0.0") == 0
+    capsys.readouterr()
+    assert main(["compare", str(a), str(b)]) == 0
+    out = capsys.readouterr().out
+    assert "of 6 prompts" in out and "sorting/mean" in out
+    assert main(["compare", str(a), str(a / "evaluations" / "step-000000")]) == 0
+    assert "+0.000" in capsys.readouterr().out
+    assert evaluated(other, "--limit", "5") == 0
+    with pytest.raises(ValueError, match="other rows: row 5"):
+        main(["compare", str(a), str(other), "--traceback"])
+
+
+def test_a_model_on_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GSM8K's form, a reward with an option, a template."""
+    model = tmp_path / "model"
+    tiny_model("llama").save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    rows = [{"question": f"w{n} w{n + 1}", "answer": f"so\n#### {n}"} for n in range(5)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--data", str(data), "--reward", "{name: gsm8k, reading: last_number}", "--prompt_template", "{question}"]
+    given += ["--k", "2", "--output", str(tmp_path / "out"), "--max_completion_length", "8", "--use_cpu"]
+    assert main(["eval", str(model), *given]) == 0
+    assert "gsm8k/pass@2" in capsys.readouterr().out
+    assert main(["eval", str(model), *given]) == 0, "again: the earlier one is set aside"
+    assert (tmp_path / "out" / "earlier-1" / "evaluations").is_dir()
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="say what to evaluate"):
+        main(["eval", "--traceback"])
+    with pytest.raises(ValueError, match="holds no evaluation"):
+        main(["compare", str(tmp_path), str(tmp_path), "--traceback"])
