@@ -109,7 +109,7 @@ def make_model(name: str) -> Path:
 def rows(config: str) -> datasets.Dataset:
     """Data with the columns of one of TRL's configurations."""
     text = "".join(this.d.get(letter, letter) for letter in this.s)
-    lines = [line for line in text.splitlines() if len(line.split()) > 3][:8]
+    lines = [line for line in text.splitlines() if len(line.split()) > 3][:4]
     halves = [(" ".join(line.split()[:3]), " " + " ".join(line.split()[3:])) for line in lines]
     chat = config.startswith("conversational")
     user, assistant = (

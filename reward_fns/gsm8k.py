@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 
-from grpo_hf.reward_fns.marks import MARKER, last_boxed, last_tagged, scoped
+from grpo_hf.reward_fns.marks import MARKER, LogExtra, last_boxed, last_tagged, not_logged, scoped
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
 
@@ -58,7 +58,7 @@ def gold_number(answer: str | int | float) -> Fraction:
 @register_reward
 @parses_gold(gold_number)
 @scoped
-def gsm8k(completion: str, answer: Fraction, *, reading: str = "marked") -> float:
+def gsm8k(completion: str, answer: Fraction, *, reading: str = "marked", log_extra: LogExtra = not_logged) -> float:
     """1.0 if the number that the completion gives equals that of the reference solution, else 0.0.
 
     By the reading `marked` the completion's number is what the last of these holds: a line with `####`, `\\boxed{}`,
@@ -80,6 +80,7 @@ def gsm8k(completion: str, answer: Fraction, *, reading: str = "marked") -> floa
     if reading not in READINGS:
         raise ValueError(f"gsm8k has no reading {reading!r}; its readings are: {', '.join(READINGS)}")
     number = READINGS[reading](completion)
+    log_extra("answer", None if number is None else str(number))
     return NO_ANSWER if number is None else float(number == answer)
 
 

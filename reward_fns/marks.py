@@ -23,6 +23,14 @@ _NOISE = re.compile(
 _JOINER = re.compile(r"[\s$}]*(?:[,/]|\\text\s*\{\s*(?:or|and)\s*\}|or|and)[\s$]*")
 
 
+LogExtra = Callable[[str, Any], None]
+"""What a verifier is given to say something beside its score: a column's name, and its value for this completion."""
+
+
+def not_logged(column: str, value: Any) -> None:
+    """For calls outside of training and evaluation."""
+
+
 def scoped(judge: Callable[..., Any]) -> Callable[..., Any]:
     """Make a verifier judge only what follows a completion's thinking, as its new option `scope` says.
 

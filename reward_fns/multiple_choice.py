@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from grpo_hf.reward_fns.marks import last_boxed, last_tagged, scoped, without_markup
+from grpo_hf.reward_fns.marks import LogExtra, last_boxed, last_tagged, not_logged, scoped, without_markup
 from grpo_hf.rewards.outcomes import NO_ANSWER, BadGoldError, parses_gold
 from grpo_hf.rewards.registry import register_reward
 
@@ -54,7 +54,9 @@ def gold_choice(answer: Any) -> str | int:
 @register_reward
 @parses_gold(gold_choice)
 @scoped
-def multiple_choice(completion: str, answer: str | int, *, choices: str = "ABCDEFGHIJ") -> float:
+def multiple_choice(
+    completion: str, answer: str | int, *, choices: str = "ABCDEFGHIJ", log_extra: LogExtra = not_logged
+) -> float:
     """1.0 if the completion settles on the right choice, else 0.0. `answer` is its letter, or its index in `choices` from 0.
 
     What counts is, in this order: the last `\\boxed{C}`; the last "answer is (C)" or "Answer: C"; a first line that begins
@@ -76,6 +78,7 @@ def multiple_choice(completion: str, answer: str | int, *, choices: str = "ABCDE
         raise BadGoldError(f"the answer {answer!r} is none of the choices {choices}, whose indices start at 0")
     right = choices[answer] if isinstance(answer, int) else answer
     found = chosen(completion, choices)
+    log_extra("answer", found)
     return NO_ANSWER if found is None else float(found == right)
 
 

@@ -171,13 +171,15 @@ def test_rollouts_are_saved_as_parquet(tmp_path: Path) -> None:
     assert files == ["rollout-000000-0.parquet", "rollout-000001-0.parquet"]
     first, last = (pq.read_table(tmp_path / "rollouts" / name).to_pylist() for name in files)
     assert list(first[0]) == [
-        *("step", "rollout", "weights", "process", "prompt", "completion", "length", "truncated", "messages", "turns"),
-        *("rewards/even_words", "rewards/len_of_text", "outcomes/even_words", "outcomes/len_of_text", "reward", "advantage"),
+        *("step", "rollout", "weights", "process", "row", "group", "columns", "prompt", "completion", "length", "truncated"),
+        *("messages", "turns", "rewards/even_words", "rewards/len_of_text", "outcomes/even_words", "outcomes/len_of_text"),
+        *("reward", "advantage", "ids", "is_sampled", "logprobs"),
     ]
     assert {row["step"] for row in first} == {1}
     assert {row["step"] for row in last} == {3}, "the step that it is first trained on"
     expected = [
         {"prompt": group.prompt.raw, "completion": item.text, "length": len(item.ids), "advantage": item.advantage}
+        | {"row": group.prompt.index, "ids": item.ids, "logprobs": item.rollout_logprobs}
         for group in groups_of(trainer)
         for item in group.completions
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,11 @@ from grpo_hf.training.config import GRPOConfig
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table of every reward's avg@k, pass@k and maj@k; the samples stay in the output folder."""
-    args, rest = arguments().parse_known_args(argv)
+    given = list(argv or [])
+    model = given.pop(0) if given and not given[0].startswith("-") else None
+    args, rest = arguments().parse_known_args(given)
     run, config = parse([*([args.recipe] if args.recipe else []), *rest])
-    run, config = evaluated(run, config, args)
+    run, config = evaluated(run, config, model, args)
     trainer = build_trainer(run, config)
     with trainer.folder.lock():
         trainer.folder.begin()  # an earlier evaluation in the folder is set aside
@@ -40,12 +43,13 @@ def arguments() -> argparse.ArgumentParser:
     """What is evaluated; all else is as in a recipe."""
     parser = argparse.ArgumentParser(
         prog="grpo-hf eval",
+        usage="grpo-hf eval [MODEL] [--recipe RECIPE] [--data DATA] [--reward REWARD ...] [--SETTING VALUE ...]",
         description=__doc__,
-        epilog="Every setting of a recipe can be given too: --prompt_template, --system_prompt, --max_completion_length, "
-        "--use_vllm, --vllm_mode server, ... Of training's settings only those of sampling matter.",
+        epilog="MODEL is a hub name, a folder, or a LoRA adapter's; without it the recipe's. Every setting of a recipe can "
+        "be given too: --prompt_template, --system_prompt, --max_completion_length, --use_vllm, --vllm_mode server, ... Of "
+        "training's settings only those of sampling matter.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", nargs="?", help="a hub name, a folder, or a LoRA adapter's; default: the recipe's model")
     parser.add_argument("--recipe", help="take data, prompts, rewards and sampling from this recipe")
     parser.add_argument("--data", help="a .jsonl, .json, .csv or .parquet file, or a dataset's name; default: the recipe's")
     parser.add_argument("--split", default="test", help="of a dataset given by name")
@@ -57,13 +61,15 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def evaluated(run: RunArguments, config: GRPOConfig, args: argparse.Namespace) -> tuple[RunArguments, GRPOConfig]:
+def evaluated(
+    run: RunArguments, config: GRPOConfig, model: str | None, args: argparse.Namespace
+) -> tuple[RunArguments, GRPOConfig]:
     """The recipe's run with what the command line says, and without what only training needs."""
-    if args.model is None and not args.recipe:
+    if model is None and not args.recipe:
         raise ValueError("say what to evaluate: grpo-hf eval MODEL --data FILE --reward NAME, or --recipe RECIPE")
     changed: dict[str, Any] = {"teacher": None, "use_peft": False, "headline": None}
-    if args.model is not None:
-        changed |= {"model_name_or_path": args.model, "model_function": None, "model_options": {}}
+    if model is not None:
+        changed |= {"model_name_or_path": model, "model_function": None, "model_options": {}}
     if args.data is not None:
         changed |= {"dataset_name": args.data, "dataset_test_file": args.data, "dataset_function": None}
         changed |= {"dataset_train_split": args.split, "dataset_test_split": args.split}
@@ -78,6 +84,9 @@ def evaluated(run: RunArguments, config: GRPOConfig, args: argparse.Namespace) -
     config.output_dir = args.output or "runs/eval"
     config.save_rollouts, config.write_report, config.report_to = True, False, []
     config.beta = 0.0
+    # The smallest rollout, since none is made.
+    config.per_device_train_batch_size, config.steps_per_generation = config.num_generations, 1
+    config.gradient_accumulation_steps, config.generation_batch_size = 1, None
     return replace(run, **changed), config
 
 
@@ -87,5 +96,6 @@ def table(estimates: dict[str, Estimate]) -> list[str]:
     width = max(map(len, names.values()))
     lines = [f"{'':<{width}}   mean   95 % interval"]
     for name, item in estimates.items():
-        lines.append(f"{names[name]:<{width}}  {item.value:6.3f}  [{item.low:.3f}, {item.high:.3f}]")
+        interval = "unknown" if math.isnan(item.low) else f"[{item.low:.3f}, {item.high:.3f}]"
+        lines.append(f"{names[name]:<{width}}  {item.value:6.3f}  {interval}")
     return lines

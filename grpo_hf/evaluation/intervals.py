@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts, and the interval that holds the true one with 95 % confidence."""
+    """A mean over prompts, and the interval that holds the true one with 95 % confidence; NaN where that is unknown."""
 
     value: float
     """The mean."""
@@ -24,9 +24,6 @@ class Estimate:
     """The interval's upper end."""
     count: int
     """Prompts that it is the mean of."""
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def mean_of_shares(values: Sequence[float], samples: int = 1) -> Estimate:
@@ -55,11 +52,12 @@ def mean_of_shares(values: Sequence[float], samples: int = 1) -> Estimate:
 
 
 def mean_of_numbers(values: Sequence[float]) -> Estimate:
-    """A mean of values of any size, one for each prompt: m ± t_{P-1} s / sqrt(P), Student's interval."""
+    """A mean of values of any size, one for each prompt: m ± t_{P-1} s / sqrt(P), Student's interval; NaN where they are all
+    alike, which without bounds says nothing of others."""
     data = np.asarray(values, dtype=np.float64)
     count, mean = len(data), float(np.mean(data))
-    if count < 2:
-        return Estimate(mean, -math.inf, math.inf, count)
+    if count < 2 or np.ptp(data) == 0:
+        return Estimate(mean, math.nan, math.nan, count)
     half = _quantiles(count)[1] * float(np.std(data, ddof=1)) / math.sqrt(count)
     return Estimate(mean, mean - half, mean + half, count)
 

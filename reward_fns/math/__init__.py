@@ -8,7 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 from numbers import Real
 
-from grpo_hf.reward_fns.marks import scoped
+from grpo_hf.reward_fns.marks import LogExtra, not_logged, scoped
 from grpo_hf.reward_fns.math.find import find_answer, value_in
 from grpo_hf.reward_fns.math.forms import Form, has_words, is_choice, read, right_side, with_unit
 from grpo_hf.reward_fns.math.sympy import check, equal
@@ -50,7 +50,9 @@ def parse_gold(answer: str | int | float) -> Form:
 @register_reward
 @parses_gold(parse_gold)
 @scoped
-def math(completion: str, answer: Form, *, mode: str = "lenient", percent: str = "loose") -> float:
+def math(
+    completion: str, answer: Form, *, mode: str = "lenient", percent: str = "loose", log_extra: LogExtra = not_logged
+) -> float:
     """1.0 if the answer that a completion gives equals the dataset's, else 0.0; no answer if it gives none to read.
 
     `answer` is a bare answer (LaTeX, plain text, a number) or a worked solution that marks it. Marked is what the last of
@@ -99,6 +101,7 @@ def math(completion: str, answer: Form, *, mode: str = "lenient", percent: str =
         raise ValueError(f"math cannot take percent={percent!r}; it is one of: {', '.join(_PERCENTS)}")
     strict = mode == "strict"
     text = find_answer(completion, strict=strict, words=has_words(answer))
+    log_extra("answer", text)
     if text is None:
         return NO_ANSWER
     try:
