@@ -77,7 +77,9 @@ class AfterStep(TrainerCallback):
         self.function(state, kwargs["model"])
 
 
-def held_out_trainer(folder: Path, held_out: Any, *, reward: Any = even_words, **settings: Any) -> GRPOTrainer:
+def held_out_trainer(
+    folder: Path, held_out: Any, *, reward: Any = even_words, eval_reward_funcs: Any = None, **settings: Any
+) -> GRPOTrainer:
     """A tiny trainer with held-out prompts."""
     model = tiny_model()
     model.generation_config.eos_token_id = list(range(VOCAB - 20, VOCAB))
@@ -85,7 +87,7 @@ def held_out_trainer(folder: Path, held_out: Any, *, reward: Any = even_words, *
     sizes = {"max_steps": 3, "num_generations": 4, "max_completion_length": 8, "logging_steps": 1, "learning_rate": 1e-2}
     machine = {"use_cpu": True, "gradient_checkpointing": False}
     args = GRPOConfig(output_dir=str(folder), **(quiet | sizes | machine | settings))
-    return GRPOTrainer(model, reward, args, PROMPTS, held_out, tiny_tokenizer())
+    return GRPOTrainer(model, reward, args, PROMPTS, held_out, tiny_tokenizer(), eval_reward_funcs=eval_reward_funcs)
 
 
 class StopAfter(TrainerCallback):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,44 @@ def test_a_metric_that_evaluation_has_not_is_refused_at_the_start(tmp_path: Path
     ):
         with pytest.raises(ValueError, match=message):
             held_out_trainer(tmp_path, held_out, load_best_model_at_end=True, metric_for_best_model=name, **BEST)
+
+
+def test_the_baseline_is_measured_once(tmp_path: Path) -> None:
+    """eval_on_start is of the run's start, not of every time that it goes on."""
+    settings = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    settings["save_rollouts"] = True
+    held_out_trainer(tmp_path, HELD_OUT, max_steps=4, **settings).train()
+    steps = [line["step"] for line in lines_of(tmp_path) if "eval_reward" in line]
+    assert steps == [0, 2, 4]
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    held_out_trainer(tmp_path, HELD_OUT, max_steps=4, **settings).train(resume_from_checkpoint="auto")
+    assert [line["step"] for line in lines_of(tmp_path) if "eval_reward" in line] == steps
+    assert sorted(path.name for path in (tmp_path / "evaluations").iterdir()) == [f"step-00000{n}" for n in (0, 2, 4)]
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_held_out_rows_may_have_rewards_of_their_own(tmp_path: Path) -> None:
+    trainer = held_out_trainer(tmp_path, HELD_OUT, eval_reward_funcs=[right], num_generations_eval=4)
+    metrics = trainer.evaluate()
+    assert "eval_rewards/right/mean" in metrics and "eval_rewards/right/pass@4" in metrics
+    assert not any("even_words" in name for name in metrics)
+    assert (
+        metrics["eval_rewards/right/mean_low"]
+        <= metrics["eval_rewards/right/mean"]
+        <= metrics["eval_rewards/right/mean_high"]
+    )
+    trainer.train()
+    assert any("rewards/even_words/mean" in line for line in lines_of(tmp_path)), "training's are as they were"
+    with pytest.raises(ValueError, match="gold"):
+        held_out_trainer(tmp_path, HELD_OUT, eval_reward_funcs=needs_gold)
+
+
+def needs_gold(completion: str, gold: str) -> float:
+    """Asks for a column."""
+    return float(completion == gold)
 
 
 def test_a_streamed_data_set_is_read_into_memory(tmp_path: Path) -> None:

@@ -447,6 +447,7 @@ class GRPOTrainer(Trainer):
 
     def _train(self, checkpoint: Path | None, trial: Any, ignore_keys_for_eval: Any) -> TrainOutput:
         self.checkpoints.unsaved = None
+        on_start, self.args.eval_on_start = self.args.eval_on_start, self.args.eval_on_start and checkpoint is None
         try:
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         except (GuardError, RunStopped) as error:
@@ -461,6 +462,7 @@ class GRPOTrainer(Trainer):
                 logger.error(f"saved step {self.state.global_step}; go on with --resume_from_checkpoint auto")
             raise
         finally:
+            self.args.eval_on_start = on_start
             self.stream.sampler.engine.abort()
             if self.toolbox is not None:
                 self.toolbox.close()
