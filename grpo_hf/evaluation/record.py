@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from grpo_hf.evaluation.estimates import ANSWER, Question
 from grpo_hf.evaluation.sampling import seed_of
-from grpo_hf.rollout.record import sample_rows, write_table
+from grpo_hf.rollout.record import completion_rows, write_table
 from grpo_hf.types import Group
 
 FOLDER = "evaluations"
@@ -23,7 +23,7 @@ UNNAMED = "eval"
 
 def write_evaluation(run: Path, groups: Sequence[Group], *, name: str, step: int, process: int, seed: int) -> Path:
     """Write this process's samples of a data set, one row each; the evaluation's folder."""
-    rows = sample_rows(groups, {"step": step, "process": process})
+    rows = completion_rows(groups, {"step": step, "process": process})
     for row in rows:
         row["seed"] = seed_of(seed, row["row"])
     folder = run / FOLDER / f"step-{step:06d}"

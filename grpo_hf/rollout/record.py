@@ -35,11 +35,11 @@ def write_rollout(folder: Path, rollout: Rollout, *, step: int, process: int) ->
     """Write one row a completion; a killed run leaves no half file, a resumed one overwrites its own."""
     about = {"step": step, "rollout": rollout.index, "weights": rollout.version, "process": process}
     path = folder / f"rollout-{rollout.index:06d}-{process}.parquet"
-    write_table(sample_rows(rollout.groups, about), path)
+    write_table(completion_rows(rollout.groups, about), path)
     return path
 
 
-def sample_rows(groups: Sequence[Group], about: dict[str, Any]) -> list[dict[str, Any]]:
+def completion_rows(groups: Sequence[Group], about: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a completion, with what all of them have in common (``about``): which prompt it is of (``row`` of the data
     set, whose other columns are JSON), what was said, and what it was worth."""
     rows: list[dict[str, Any]] = []

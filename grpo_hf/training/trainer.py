@@ -52,6 +52,7 @@ from grpo_hf.training.engines import longest_sequence, make_engine, make_samplin
 from grpo_hf.training.fingerprint import digest_of_weights
 from grpo_hf.training.folder import RunFolder, check_writable
 from grpo_hf.training.guards import REWARD_WINDOW, GuardError, Guards, Seen
+from grpo_hf.training.model_card import model_card, source_of
 from grpo_hf.training.models import (
     causal_lm,
     check_router,
@@ -502,6 +503,37 @@ class GRPOTrainer(Trainer):
         finished = checkpoints.is_finished(self._checkpoint_folder(trial))
         if wanted and not finished and math.isfinite(checks.norm_of_weights(self.model)):
             self._save_checkpoint(self.model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, with a model card beside a model that is no checkpoint."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.create_model_card(folder=output_dir)
+
+    def create_model_card(  # type: ignore[override]
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        *,
+        folder: str | None = None,
+    ) -> None:
+        """Write README.md: the base model, the data set, rewards, figures, settings and versions."""
+        if self.peers.rank > 0:
+            return
+        folder = folder or str(self.args.output_dir)
+        card = model_card(
+            name=model_name or self.args.hub_model_id or Path(folder).resolve().name,
+            base_model=source_of(causal_lm(self.model).config),
+            is_adapter=isinstance(self.model, PeftModel),
+            dataset=dataset_name,
+            tags=[tags] if isinstance(tags, str) else tags or [],
+            rewards={reward.name: weight for reward, weight in zip(self.rewards, self.reward_weights, strict=True)},
+            args=self.args,
+            lines=self.state.log_history,
+            prompts=len(self.prompts),
+        )
+        card.save(Path(folder) / "README.md")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's, with what was changed on purpose, the parts that this trainer adds, and the random state."""
