@@ -47,6 +47,9 @@ class RunArguments:
         None,
         "path/file.py:Class, whose methods are its episode's tools; or {name: ...}: the column environment chooses.",
     )
+    environments: Any = option(
+        None, "verifiers:NAME, or {name: verifiers:NAME, OPTION: VALUE}: data, episodes and reward of that package."
+    )
     use_peft: bool = option(False, "Train a LoRA adapter instead of all weights.")
     lora_r: int = option(16, "LoRA rank.")
     lora_alpha: int = option(32, "LoRA scale: alpha / r.")

@@ -82,19 +82,23 @@ def run_recipe(run: RunArguments, config: GRPOConfig) -> None:
 
 def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
     """The trainer that a recipe describes; checks its settings before it makes a model."""
-    for names in (("model_name_or_path", "model_function"), ("dataset_name", "dataset_function")):
+    for names in (("model_name_or_path", "model_function"), ("dataset_name", "dataset_function", "environments")):
         if sum(getattr(run, name) is not None for name in names) != 1:
-            raise ValueError(f"set {names[0]} or {names[1]}, one of them")
+            raise ValueError(f"set {' or '.join(names)}, one of them")
     tools, environments = [named(spec) for spec in run.tools], run.environment_factory
     if isinstance(environments, dict):
         environments = {key: named(spec) for key, spec in environments.items()}
     elif environments is not None:
         environments = named(environments)
-    toolbox = make_toolbox(tools, environments, None, config)
-    train, held_out = load_data(run)
-    rewards, _ = checked_rewards(run.rewards, config, owned=rewards_of(toolbox))
-    rows = with_environment(train, "train_dataset", config, toolbox) if toolbox else train
-    check_columns(rewards, checked_dataset(rows, "train_dataset").column_names, "train_dataset")
+    train, held_out = (None, None) if run.environments is not None else load_data(run)
+    rewards = get_rewards(run.rewards)
+    owned = []
+    if train is not None:
+        toolbox = make_toolbox(tools, environments, None, config)
+        owned = rewards_of(toolbox)
+        rewards, _ = checked_rewards(run.rewards, config, owned=owned)
+        rows = with_environment(train, "train_dataset", config, toolbox) if toolbox else train
+        check_columns(rewards, checked_dataset(rows, "train_dataset").column_names, "train_dataset")
     measured = get_rewards(run.eval_rewards) or rewards
     if run.headline not in (None, *(known := [reward.name for reward in measured])):
         raise ValueError(f"headline={run.headline!r} is none of the rewards, which are {', '.join(known)}")
@@ -114,7 +118,7 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
         )
     return GRPOTrainer(
         model,
-        list(rewards[: len(rewards) - len(rewards_of(toolbox))]),  # it adds its environments' itself
+        list(rewards[: len(rewards) - len(owned)]),  # it adds its environments' itself
         config,
         train,
         held_out,
@@ -124,6 +128,7 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
         environment_factory=environments,
         teacher=run.teacher,
         eval_reward_funcs=run.eval_rewards or None,
+        environments=run.environments,
     )
 
 

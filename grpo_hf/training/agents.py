@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_hf.episodes.chat import Chat
 from grpo_hf.episodes.episode import Rules, play
+from grpo_hf.episodes.hosted import HostedEnvironment, load_hosted
 from grpo_hf.episodes.sampler import EpisodeSampler
 from grpo_hf.episodes.toolbox import Toolbox
 from grpo_hf.rewards.signature import Reward, describe
@@ -20,6 +21,25 @@ from grpo_hf.rollout.stream import SampleFunction
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.fingerprint import digest_of_code, digest_of_columns
 from grpo_hf.types import Completion, Prompt
+
+
+def hosted_environment(spec: Any, args: GRPOConfig, **others: Any) -> HostedEnvironment | None:
+    """An environment of the package `verifiers`; None without one. Raises ValueError beside what it brings itself."""
+    given = [name for name, value in others.items() if value is not None and value != []]
+    if spec is not None and given:
+        raise ValueError(f"environments={spec!r} brings data, tools and episodes of its own; leave out {', '.join(given)}")
+    if spec is not None and args.rollout_ahead:
+        raise ValueError("rollout_ahead=1 would sample later turns from weights that have changed; set rollout_ahead=0")
+    return load_hosted(spec, timeout=args.tool_timeout)
+
+
+def brought(
+    hosted: HostedEnvironment | None, toolbox: Toolbox | None, train: Any, held_out: Any
+) -> tuple[list[Reward], Any, Any]:
+    """The rewards that environments bring, and the data sets, which a hosted one brings too."""
+    if hosted is None:
+        return rewards_of(toolbox), train, held_out
+    return [hosted.reward], hosted.dataset(), hosted.held_out() if held_out is None else held_out
 
 
 def make_toolbox(tools: Any, environments: Any, rollout_func: Any, args: GRPOConfig) -> Toolbox | None:
@@ -42,11 +62,15 @@ def check_chat(toolbox: Toolbox | None, tokenizer: PreTrainedTokenizerBase, args
             chat_of(tokenizer, args).check(schemas)
 
 
-def describe_agents(toolbox: Toolbox | None, rollout_func: Any, prompts: PromptSet) -> dict[str, Any]:
+def describe_agents(
+    toolbox: Toolbox | None, rollout_func: Any, hosted: HostedEnvironment | None, prompts: PromptSet
+) -> dict[str, Any]:
     """What of them makes a run this run: their names and code, and the columns that environments are reset with."""
     described: dict[str, Any] = {}
     if rollout_func is not None:
         described["code of rollout_func"] = digest_of_code(rollout_func)
+    if hosted is not None:
+        described["environments"] = {hosted.name: [hosted.options, digest_of_code(type(hosted.environment))]}
     if toolbox is not None:
         described["tools"] = {name: digest_of_code(tool.function) for name, tool in toolbox.tools.items()}
         kinds = {str(name): kind.factory for name, kind in toolbox.kinds.items()}
@@ -70,7 +94,7 @@ def rewards_of(toolbox: Toolbox | None) -> list[Reward]:
 
 def make_episodes(
     engine: Engine,
-    toolbox: Toolbox,
+    toolbox: Toolbox | HostedEnvironment,
     rewards: list[Reward],
     args: GRPOConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -85,7 +109,10 @@ def make_episodes(
         policy=args.tool_policies(),
         keeps_environments=any(reward.takes_environments for reward in rewards),
     )
-    return EpisodeSampler(engine, partial(play, chat=chat_of(tokenizer, args), toolbox=toolbox, rules=rules))
+    chat = chat_of(tokenizer, args)
+    if isinstance(toolbox, HostedEnvironment):
+        return EpisodeSampler(engine, partial(toolbox.play, chat=chat, rules=rules))
+    return EpisodeSampler(engine, partial(play, chat=chat, toolbox=toolbox, rules=rules))
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase, args: GRPOConfig) -> Chat:

@@ -46,7 +46,15 @@ from grpo_hf.rollout.stream import GroupSampler, Rollout, RolloutStream, SampleF
 from grpo_hf.rollout.vllm_support import installed_vllm
 from grpo_hf.training import adapters, checkpoints, checks
 from grpo_hf.training import callbacks as own_callbacks
-from grpo_hf.training.agents import check_chat, describe_agents, make_episodes, make_toolbox, rewards_of, rollouts_of
+from grpo_hf.training.agents import (
+    brought,
+    check_chat,
+    describe_agents,
+    hosted_environment,
+    make_episodes,
+    make_toolbox,
+    rollouts_of,
+)
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.engines import longest_sequence, make_engine, make_sampling
 from grpo_hf.training.fingerprint import digest_of_weights
@@ -84,10 +92,11 @@ class GRPOTrainer(Trainer):
     name, `package.module:function`, `path/file.py:function`, a function, a sequence-classification model. `train_dataset`
     needs a column "prompt" (strings or chat messages); verifiers take the other columns by name. `tools` are functions that
     the model may call in its answers; `environment_factory` makes an object with a state for each episode, whose methods are
-    its tools, or maps names, which rows choose by their column "environment", to such factories; a `rollout_func` makes
-    completions itself. Held-out rows are scored with `eval_reward_funcs`, or as training's. With a `teacher`, a name, a path
-    or a causal LM with the same vocabulary, the reverse KL to it is part of the loss (`teacher_coef`); without reward_funcs
-    it is all of it. Raises ValueError for bad input before any weights load.
+    its tools, or maps names, which rows choose by their column "environment", to such factories; `environments` is one of
+    the package verifiers, "verifiers:NAME", which brings data and rewards too; a `rollout_func` makes completions itself.
+    Held-out rows are scored with `eval_reward_funcs`, or as training's. With a `teacher`, a name, a path or a causal LM with
+    the same vocabulary, the reverse KL to it is part of the loss (`teacher_coef`); without reward_funcs it is all of it.
+    Raises ValueError for bad input before any weights load.
     """
 
     args: GRPOConfig  # type: ignore[assignment]
@@ -113,6 +122,7 @@ class GRPOTrainer(Trainer):
         environment_factory: Any = None,
         teacher: str | PreTrainedModel | None = None,
         eval_reward_funcs: RewardSpec | list[RewardSpec] | None = None,
+        environments: str | dict[str, Any] | None = None,
     ):
         args = args or GRPOConfig()
         model = checked_model(model)
@@ -128,16 +138,17 @@ class GRPOTrainer(Trainer):
         self.tools = list(tools or [])
         self.toolbox = make_toolbox(tools, environment_factory, rollout_func, args)
         self.rollout_func = rollout_func
-        owned = rewards_of(self.toolbox)
+        own = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
+        self.hosted = hosted_environment(environments, args, train_dataset=train_dataset, **own)
+        owned, train_dataset, eval_dataset = brought(self.hosted, self.toolbox, train_dataset, eval_dataset)
         reward_funcs = rewards_beside(teacher, reward_funcs)
         self.rewards, self.reward_weights = checks.checked_rewards(
             reward_funcs, args, reward_processing_classes, owned=owned
         )
         self.scorer = Scorer(self.rewards, self.reward_weights, args.reward_settings())
-        self.eval_scorer = self.scorer
-        if eval_reward_funcs is not None:
-            others = [*get_rewards(eval_reward_funcs), *owned]
-            self.eval_scorer = Scorer(others, [1.0] * len(others), args.reward_settings())
+        others = [*get_rewards(eval_reward_funcs or []), *owned]
+        unweighted = Scorer(others, [1.0] * len(others), args.reward_settings())
+        self.eval_scorer = self.scorer if eval_reward_funcs is None else unweighted
         if quantization_config is not None:
             init["quantization_config"] = quantization_config
         shared = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
@@ -151,7 +162,7 @@ class GRPOTrainer(Trainer):
             tokenizer=tokenizer,
             config=config,
             toolbox=self.toolbox,
-            more_columns=rollout_func is not None,
+            more_columns=rollout_func is not None or environments is not None,
         )
         check_vocabulary(teacher, tokenizer, trust_remote_code=args.trust_remote_code)
         self.prompts = train = self._check(train_dataset, "train_dataset", scorer=self.scorer)
@@ -167,7 +178,7 @@ class GRPOTrainer(Trainer):
         self.peers = Peers(args.process_index, args.world_size, lambda item: gather_object([item]))
         self.folder = RunFolder(Path(str(args.output_dir)), self.peers)
         self.run = describe_run(args, train, self.rewards, self.reward_weights, lm)
-        self.run |= describe_agents(self.toolbox, rollout_func, train)
+        self.run |= describe_agents(self.toolbox, rollout_func, self.hosted, train)
         """What makes it this run; taken before anything has changed it."""
         super().__init__(
             model=lm,
@@ -302,8 +313,8 @@ class GRPOTrainer(Trainer):
         episodes: SampleFunction | None = None
         if self.rollout_func is not None:
             episodes = rollouts_of(self.rollout_func, self)
-        elif self.toolbox is not None:
-            episodes = make_episodes(engine, self.toolbox, self._all_rewards(), args, tokenizer, max_model_length=length)
+        elif (played := self.toolbox or self.hosted) is not None:
+            episodes = make_episodes(engine, played, self._all_rewards(), args, tokenizer, max_model_length=length)
         seed = args.seed if args.data_seed is None else args.data_seed
         return RolloutStream(
             prompts=self.prompts,
@@ -356,8 +367,8 @@ class GRPOTrainer(Trainer):
         rollout = self.stream.make(index, version=step, ahead=ahead, trainer_state=self.state)
         updates = self.plan.updates(rollout.groups, rollout.version, self.peers)
         self.state.num_input_tokens_seen += self.recorder.rollout(rollout, step=step + 1, save=args.save_rollouts)
-        if self.toolbox is not None:
-            record_calls(self.metrics, rollout.sampled, self.toolbox.names)
+        if self.toolbox is not None or self.hosted is not None:
+            record_calls(self.metrics, rollout.sampled, self.toolbox.names if self.toolbox else ())
         if args.use_vllm:
             self.metrics.mean("sampling/staleness", step - rollout.version)
         since_log = step % max(1, int(self.state.logging_steps or 1))
