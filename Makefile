@@ -20,14 +20,23 @@ setup: .venv/ready
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+# The package verifiers asks for another mcp than vLLM does, so it is in an environment of its own on top of the first.
+.venv-verifiers/ready: .venv/ready
+	$(PYTHON) -m venv .venv-verifiers
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		$$(.venv-verifiers/bin/python -c "import site; print(site.getsitepackages()[0])")/first.pth
+	.venv-verifiers/bin/python -m pip install --quiet --constraint constraints.txt "verifiers>=0.2,<0.3"
+	touch $@
+
 check: setup
 	$(MAKE) --jobs 2 --output-sync lint quick
 
 quick: setup
 	$(PYTEST) $(QUICK_TESTS)
 
-test: setup lint
+test: setup lint .venv-verifiers/ready
 	$(PYTEST)
+	.venv-verifiers/bin/python -m pytest tests/test_hosted.py
 
 lint: setup
 	$(BIN)/ruff check .
