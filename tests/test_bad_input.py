@@ -152,7 +152,8 @@ BAD = {
     ),
     "tokenizers of other rewards": (
         {"reward_processing_classes": [None, None]},
-        "reward_processing_classes has 2 entries for 1 rewards; give one each, None where the reward is no model",
+        "reward_processing_classes has 2 entries for 1 rewards, and must match them; give one each, None where the "
+        "reward is no model",
     ),
     "an unknown outcome": (
         {"reward_policy": {"timeuot": "drop"}},

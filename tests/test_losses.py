@@ -287,7 +287,6 @@ def test_losses_without_a_clip_have_no_clip_ratio(loss: Callable[..., Any]) -> N
 @pytest.mark.parametrize(
     ("loss", "options", "message"),
     [
-        (cispo, {}, "epsilon_high=None: for loss_type='cispo' it is the bound .* at least 1, say 5.0"),
         (cispo, {"epsilon_high": 0.28}, "epsilon_high=0.28: .* at least 1"),
         (clipped, {"delta": 1.2}, r"epsilon_high=0.2, delta=1.2, but delta > 1 \+ epsilon_high is needed"),
         (clipped, {"delta": 1.3, "epsilon_high": 0.4}, r"epsilon_high=0.4, delta=1.3, but delta > 1 \+ epsilon_high"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from grpo_hf import GRPOTrainer
@@ -99,3 +100,26 @@ def test_a_run_can_be_made_longer(tmp_path: Path) -> None:
     longer = tiny_trainer(tmp_path / "short", max_steps=4, **options)
     longer.train(resume_from_checkpoint=True)
     assert same(weights(longer.model), weights(whole.model))
+
+
+def test_a_streamed_data_set_is_read_in_order_and_again_where_it_goes_on(tmp_path: Path) -> None:
+    rows = [{"prompt": f"w{number}"} for number in range(11, 41)]
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+
+    def trainer(folder: str, *callbacks: TrainerCallback, **more: Any) -> GRPOTrainer:
+        streamed = Dataset.from_list(rows).to_iterable_dataset()
+        return tiny_trainer(tmp_path / folder, dataset=streamed, callbacks=callbacks, **(settings | more))
+
+    whole = trainer("whole")
+    assert [prompt["prompt"] for prompt in whole.prompts.dataset] == [row["prompt"] for row in rows[:8]], "what 4 steps need"
+    whole.train()
+    asked = [whole.prompts[row].raw for step in range(4) for row in whole.stream.order.prompts(step)]
+    assert asked == [row["prompt"] for row in rows[:8]]
+    trainer("stopped", StopAfter(2)).train()
+    resumed = trainer("stopped")
+    resumed.train(resume_from_checkpoint="auto")
+    assert same(weights(resumed.model), weights(whole.model))
+    with pytest.raises(ValueError, match="which has no length, and max_steps=-1: set max_steps, or"):
+        trainer("none", max_steps=-1)
+    with pytest.raises(ValueError, match="dynamic_sampling and curricula choose among rows"):
+        trainer("none", dynamic_sampling=True)

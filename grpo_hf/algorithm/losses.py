@@ -80,10 +80,11 @@ def clipped(
 def cispo(batch: TokenBatch, *, epsilon_high: float | None = None) -> tuple[Tokens, Metrics]:
     """L = -sg[min(r, ε_high)] A log π_θ: the weight is clipped, the gradient never is (CISPO; MiniMax-M1, arXiv 2506.13585).
 
-    As in TRL ``epsilon_high`` is here the bound itself (say 5.0), not its distance from 1. Metric: 1 on the tokens whose
-    weight is clipped and A > 0.
+    As in TRL ``epsilon_high`` is here the bound itself, not its distance from 1; None: 5, ScaleRL's (arXiv 2510.13786).
+    Metric: 1 on the tokens whose weight is clipped and A > 0.
     """
-    if epsilon_high is None or epsilon_high < 1:
+    epsilon_high = 5.0 if epsilon_high is None else epsilon_high
+    if epsilon_high < 1:
         raise ValueError(
             f"epsilon_high={epsilon_high}: for loss_type='cispo' it is the bound on the ratio itself, and a bound "
             "below 1 shrinks even on-policy gradients; give one of at least 1, say 5.0"

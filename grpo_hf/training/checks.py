@@ -38,9 +38,30 @@ def check_reference(args: GRPOConfig, *, lora: bool) -> None:
         )
 
 
-def in_memory(table: Any) -> Any:
-    """A streamed data set as one with rows by number; any other as it is."""
-    return Dataset.from_list(list(table), features=table.features) if isinstance(table, IterableDataset) else table
+def in_memory(table: Any, rows: int | None = None) -> Any:
+    """A streamed data set as one with rows by number, of the first ``rows``; any other as it is."""
+    if not isinstance(table, IterableDataset):
+        return table
+    return Dataset.from_list(list(table if rows is None else table.take(rows)), features=table.features)
+
+
+def read_stream(table: Any, args: GRPOConfig) -> Any:
+    """What of a streamed data set max_steps will ask for, in its order, so that a resumed run finds its rows again."""
+    if not isinstance(table, IterableDataset):
+        return table
+    if args.max_steps <= 0:
+        raise ValueError(
+            f"train_dataset is an IterableDataset, which has no length, and max_steps={args.max_steps}: set max_steps, or "
+            "make it a table: Dataset.from_list(list(train_dataset))"
+        )
+    if args.dynamic_sampling or args.curriculum:
+        raise ValueError(
+            "train_dataset is an IterableDataset, and dynamic_sampling and curricula choose among rows: take as many as "
+            "they may need, Dataset.from_list(list(train_dataset.take(100_000)))"
+        )
+    args.shuffle_dataset = False
+    rollouts = -(-args.max_steps // args.steps_per_rollout)
+    return in_memory(table, rollouts * args.prompts_per_rollout)
 
 
 def check_best_metric(args: GRPOConfig, rewards: list[Reward], evals: list[str]) -> None:
@@ -85,8 +106,8 @@ def checked_rewards(
     tokenizers = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(rewards)
     if len(tokenizers) != len(rewards):
         raise ValueError(
-            f"reward_processing_classes has {len(tokenizers)} entries for {len(rewards)} rewards; give one each, None where "
-            f"the reward is no model"
+            f"reward_processing_classes has {len(tokenizers)} entries for {len(rewards)} rewards, and must match "
+            "them; give one each, None where the reward is no model"
         )
     for reward, tokenizer in zip(rewards, tokenizers, strict=True):
         if tokenizer is not None and hasattr(reward.function, "processing_class"):

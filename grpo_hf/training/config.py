@@ -213,7 +213,7 @@ class GRPOConfig(TrainingArguments):
     reward_weights: list[float] | None = option(None, "One for each reward; None: 1 each.")
     num_iterations: int = option(1, "Passes over each rollout (μ in the GRPO paper).")
     epsilon: float = option(0.2, "Lower clip distance.")
-    epsilon_high: float | None = option(None, "Upper clip distance, None: epsilon. For cispo the bound itself, say 5.0.")
+    epsilon_high: float | None = option(None, "Upper clip distance, None: epsilon. For cispo the bound itself, None: 5.")
     delta: float | None = option(None, "Upper bound of the ratio where the advantage is negative.")
     sapo_temperature_pos: float = option(1.0, "SAPO's gate temperature for positive advantages.")
     sapo_temperature_neg: float = option(1.05, "The same for negative ones.")

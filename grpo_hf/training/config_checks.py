@@ -124,13 +124,17 @@ def _check_numbers(config: GRPOConfig) -> None:
 def _warn_of_levels(config: GRPOConfig) -> None:
     """Say so where the level of the ratio and the loss are not those of any paper."""
     by_sequence, loss = config.importance_sampling_level == "sequence", config.loss_type
+    if loss == "cispo" and config.epsilon_high is None:
+        logger.warning(
+            "loss_type='cispo' bounds the ratio itself: by epsilon_high=5.0, since none is given (TRL takes epsilon)"
+        )
     if loss == "luspo" and not by_sequence:
         logger.warning("loss_type='luspo' is meant for importance_sampling_level='sequence', and that is 'token'")
     elif loss in ("vespo", "gmpo") and by_sequence:
         logger.warning(f"loss_type={loss!r} has a ratio of completions by itself; leave importance_sampling_level 'token'")
     elif by_sequence and loss != "luspo" and config.objective().terms[0].aggregation in WEIGHS_BY_LENGTH:
         logger.warning(
-            f"importance_sampling_level='sequence' with loss_type={loss!r} counts a completion as often as it has tokens; "
+            f"importance_sampling_level='sequence' with loss_type={loss!r} weights each sequence by its completion length; "
             "for GSPO set loss_type='grpo'"
         )
 

@@ -140,12 +140,11 @@ class GRPOTrainer(Trainer):
         self.rollout_func = rollout_func
         own = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
         self.hosted = hosted_environment(environments, args, train_dataset=train_dataset, **own)
+        train_dataset = checks.read_stream(train_dataset, args)
         owned, train_dataset, eval_dataset = brought(self.hosted, self.toolbox, train_dataset, eval_dataset)
         reward_funcs = rewards_beside(teacher, reward_funcs)
-        self.rewards, self.reward_weights = checks.checked_rewards(
-            reward_funcs, args, reward_processing_classes, owned=owned
-        )
-        self.scorer = Scorer(self.rewards, self.reward_weights, args.reward_settings())
+        self.rewards, weights = checks.checked_rewards(reward_funcs, args, reward_processing_classes, owned=owned)
+        self.scorer = Scorer(self.rewards, weights, args.reward_settings())
         others = [*get_rewards(eval_reward_funcs or []), *owned]
         unweighted = Scorer(others, [1.0] * len(others), args.reward_settings())
         self.eval_scorer = self.scorer if eval_reward_funcs is None else unweighted
@@ -177,7 +176,7 @@ class GRPOTrainer(Trainer):
         self.guards = Guards(args.chosen_guards(), self.metrics)
         self.peers = Peers(args.process_index, args.world_size, lambda item: gather_object([item]))
         self.folder = RunFolder(Path(str(args.output_dir)), self.peers)
-        self.run = describe_run(args, train, self.rewards, self.reward_weights, lm)
+        self.run = describe_run(args, train, self.rewards, weights, lm)
         self.run |= describe_agents(self.toolbox, rollout_func, self.hosted, train)
         """What makes it this run; taken before anything has changed it."""
         super().__init__(
@@ -282,7 +281,7 @@ class GRPOTrainer(Trainer):
         args = self.args
         return Plan(
             credit=args.credit(),
-            reward_weights=self.reward_weights,
+            reward_weights=self.scorer.weights,
             updates_per_rollout=args.updates_per_rollout,
             max_completion_length=args.max_completion_length,
             mask_truncated_completions=args.mask_truncated_completions,
@@ -339,6 +338,16 @@ class GRPOTrainer(Trainer):
     def reward_func_names(self) -> list[str]:
         """Their names, as in the metrics."""
         return [reward.name for reward in self.rewards]
+
+    @property
+    def reward_weights(self) -> Tensor:
+        """What each is multiplied by in their sum."""
+        return torch.tensor(self.scorer.weights)
+
+    @property
+    def entropy_coef(self) -> float | None:
+        """The entropy bonus's, which adaptive control changes; None without one."""
+        return self.policy.entropy_coef
 
     @property
     def reward_processing_classes(self) -> list[Any]:
@@ -539,7 +548,7 @@ class GRPOTrainer(Trainer):
             is_adapter=isinstance(self.model, PeftModel),
             dataset=dataset_name,
             tags=[tags] if isinstance(tags, str) else tags or [],
-            rewards={reward.name: weight for reward, weight in zip(self.rewards, self.reward_weights, strict=True)},
+            rewards={reward.name: weight for reward, weight in zip(self.rewards, self.scorer.weights, strict=True)},
             args=self.args,
             lines=self.state.log_history,
             prompts=len(self.prompts),
