@@ -9,6 +9,7 @@ alone: its turns and its tool's answers can only come one after the other. bench
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import random
@@ -31,23 +32,23 @@ PROMPTS = [{"prompt": [{"role": "user", "content": word}]} for word in ("one", "
 SETTINGS = {"max_completion_length": 120, "num_generations": 16, "per_device_train_batch_size": EPISODES}
 
 
-def dice(place: int) -> str:
+async def dice(place: int) -> str:
     """Wait, and throw a die.
 
     Args:
         place: Where it is thrown.
     """
-    time.sleep(random.uniform(0.1, 1.0))
+    await asyncio.sleep(random.uniform(0.1, 1.0))
     return "six"
 
 
-def look(place: int) -> str:
+async def look(place: int) -> str:
     """Wait, and look somewhere.
 
     Args:
         place: Where.
     """
-    time.sleep(random.uniform(0.1, 1.0))
+    await asyncio.sleep(random.uniform(0.1, 1.0))
     return "one two"
 
 
@@ -57,8 +58,8 @@ def nothing_scored(completions: list[Any], **kwargs: Any) -> list[float]:
 
 
 def waited(item: Completion) -> float:
-    """Seconds of an episode's tools."""
-    return sum(call.seconds for turn in item.turns for call in turn.calls)
+    """Seconds of an episode's tools; calls of one turn run at once."""
+    return sum(max(call.seconds for call in turn.calls) for turn in item.turns if turn.calls)
 
 
 def ours(folder: Path, seed: int) -> dict[str, float]:
@@ -97,10 +98,10 @@ def theirs(folder: Path, seed: int) -> dict[str, float]:
 
     def counted(function: Any) -> Any:
         @functools.wraps(function)
-        def tool(*args: Any, **kwargs: Any) -> Any:
+        async def tool(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            return function(*args, **kwargs)
+            return await function(*args, **kwargs)
 
         return tool
 

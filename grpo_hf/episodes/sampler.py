@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -57,6 +58,8 @@ class Table:
         self.answers: deque[tuple[Key, Any]] = deque((key, None) for key in playing)
         self.asked: set[Key] = set()
         """Wait for the engine."""
+        self.asked_since = 0.0
+        """When the first of them began to wait, or the engine last worked."""
         self.waiting: dict[Future[Any], Key] = {}
         """Wait for a tool."""
 
@@ -72,6 +75,8 @@ class Table:
                 continue
             if isinstance(wanted, Ask):
                 requests.add(key, wanted.ids, wanted.seed, max_tokens=wanted.max_tokens)
+                if not self.asked:
+                    self.asked_since = time.monotonic()
                 self.asked.add(key)
             else:
                 self.waiting[wanted] = key
@@ -79,16 +84,19 @@ class Table:
     def listen(self, requests: Requests) -> None:
         """Until a tool or the engine has answered, or the engine has taken a step."""
         if self.waiting:
-            if not self.asked:
-                wait(self.waiting, return_when=FIRST_COMPLETED)
-            # A batch that has begun cannot be joined: where the engine works in such, more of them are worth a wait.
-            done, _ = wait(self.waiting, requests.patience, ALL_COMPLETED)
+            # A batch that has begun cannot be joined: where the engine works in such, a moment's wait makes it larger.
+            now = time.monotonic()
+            moment = None if not self.asked else max(0.0, self.asked_since + requests.patience - now)
+            done, _ = wait(self.waiting, moment, FIRST_COMPLETED)
             for future in sorted(done, key=self.waiting.__getitem__):
                 self.answers.append((self.waiting.pop(future), future.result()))
-        if self.asked and not (self.answers and requests.patience):
+            if self.answers and moment:
+                return
+        if self.asked:
             for key, (completion,) in requests.finished(LOOK_EVERY if self.waiting else None):
                 self.asked.remove(key)
                 self.answers.append((key, completion))
+            self.asked_since = time.monotonic()
 
     def close(self) -> None:
         """End the episodes that still run."""

@@ -15,7 +15,7 @@ class ToolSettings:
     """What a call may add to the memory of its worker, and an environment to that of its process."""
     workers: int | None = None
     """Calls of plain functions at a time, each in a worker process; None: 8, or the cores where there are more."""
-    concurrency: int = 64
+    concurrency: int = 256
     """Calls of async functions at a time."""
     environments: int = 256
     """Environments that live at a time, each a process; other episodes wait until one of these has ended."""

@@ -143,7 +143,7 @@ class TransformersRequests:
     join in until nobody waits.
     """
 
-    patience = 1.0
+    patience = 0.02
 
     def __init__(self, engine: TransformersEngine, sampling: Sampling):
         self.engine, self.sampling, self.peers = engine, sampling, engine.peers or ALONE

@@ -182,7 +182,7 @@ class GRPOConfig(TrainingArguments):
     tool_workers: int | None = option(
         None, "Calls of plain functions at a time; None: 8, or the cores where there are more."
     )
-    tool_concurrency: int = option(64, "Calls of async functions at a time.")
+    tool_concurrency: int = option(256, "Calls of async functions at a time.")
     tool_environments: int = option(256, "Environments that live at a time, each a process, in each training process.")
     tool_result_chars: int = option(100_000, "Characters of a result that the model is told.")
     tool_policy: dict | str | None = option(
