@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
+
+import trl
 
 RESULT = Path(__file__).parent / "results" / "trl_suite.json"
 LEFT_OUT = "not VLM and not vlm and not multimodal and not Slow and not TransformersContinuousBatching"
@@ -59,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tests", type=Path, help="the folder tests/ of a checkout of TRL")
     parser.add_argument("--only", help="pytest's -k: run these, and write no result")
-    parser.add_argument("--side", choices=("trl", "grpo_hf"), action="append", help="one side alone, and write no result")
+    parser.add_argument("--side", choices=("trl", "grpo_hf"), action="append", help="one side alone; the other is as it was")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -67,22 +68,21 @@ def main() -> None:
         sides = {side: outcomes(folder, side, folder, args.only) for side in args.side or ("trl", "grpo_hf")}
     for side, found in sides.items():
         print(side, f"{sum(value == 'passed' for value in found.values())} of {len(found)}")
-    if len(sides) < 2:
+    if args.only:
+        for name, value in (item for found in sides.values() for item in found.items()):
+            print(f"- {name}: {value}")
         return
-    known = {name for name, value in sides["trl"].items() if value == "passed"}
-    failed = {name: value for name, value in sorted(sides["grpo_hf"].items()) if name in known and value != "passed"}
+    measured = json.loads(RESULT.read_text())["outcomes"] if RESULT.is_file() else {}
+    measured |= sides
+    known = {name for name, value in measured.get("trl", {}).items() if value == "passed"}
+    failed = {
+        name: value for name, value in sorted(measured.get("grpo_hf", {}).items()) if name in known and value != "passed"
+    }
     print(f"of {len(known)} that TRL passes, {len(known) - len(failed)} pass")
     for name, why in failed.items():
         print(f"- {name}: {why}")
-    if not args.only:
-        import trl
-
-        result: dict[str, Any] = {
-            "trl": trl.__version__,
-            "pass with TRL": len(known),
-            "pass with grpo_hf": len(known) - len(failed),
-        }
-        RESULT.write_text(json.dumps(result | {"fail with grpo_hf": failed}, indent=1) + "\n")
+    summary = {"trl": trl.__version__, "pass with TRL": len(known), "pass with grpo_hf": len(known) - len(failed)}
+    RESULT.write_text(json.dumps(summary | {"fail with grpo_hf": failed, "outcomes": measured}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

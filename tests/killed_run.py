@@ -18,6 +18,8 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -182,23 +184,47 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, default={})
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.settings.pop("server", False):
+        with served(args.folder, args.settings) as settings:
+            return compare(args.folder, settings, kills=args.kills, seed=args.seed)
     if args.settings.get("use_vllm"):
         import vllm  # noqa: F401  the attempts find it imported
-    whole, killed, steps = args.folder / "whole", args.folder / "killed", (BASE | args.settings)["max_steps"]
-    args.folder.mkdir(parents=True, exist_ok=True)
-    attempt(whole, args.settings)
-    generator = random.Random(args.seed)
+    compare(args.folder, args.settings, kills=args.kills, seed=args.seed)
+
+
+@contextmanager
+def served(folder: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The settings of a run that samples on a server, while that runs."""
+    from tests.server import Server
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model = agent_model(vllm=True) if "agents" in settings else None
+    server = Server(folder, model=model, max_model_len=256)
+    server.start()
+    try:
+        server.wait()
+        yield settings | server.settings()
+    finally:
+        server.stop()
+
+
+def compare(folder: Path, settings: dict[str, Any], *, kills: int, seed: int) -> None:
+    """The run that is never killed, the other, and what they do not have in common."""
+    whole, killed, steps = folder / "whole", folder / "killed", (BASE | settings)["max_steps"]
+    folder.mkdir(parents=True, exist_ok=True)
+    attempt(whole, settings)
+    generator = random.Random(seed)
     lives: list[str] = []
     places: Counter[str] = Counter()
     finished = 0
-    for number in range(args.kills):
+    for number in range(kills):
         # Each life is short enough for the later ones to have something left of the run: four places a step, or more.
-        life = attempt(killed, args.settings, generator, max(1, 4 * (steps - finished) // (args.kills - number)))
+        life = attempt(killed, settings, generator, max(1, 4 * (steps - finished) // (kills - number)))
         finished, place = int(life[-1].split()[0]), life[-1].split(maxsplit=1)[1]
         lives.append(f"{life[0].split()[0]}-{finished}")
         places[place] += 1
     assert not (killed / "final.pt").exists(), "the run has ended before the last kill"
-    attempt(killed, args.settings)
+    attempt(killed, settings)
     found = differences(whole, killed)
     where = ", ".join(f"{count} in {place}" for place, count in places.items())
     print(f"{len(lives)} kills, in the steps {', '.join(lives)} of {steps} ({where}); differences: {found or 'none'}")

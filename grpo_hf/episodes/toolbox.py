@@ -66,6 +66,13 @@ class Toolbox:
         return list(dict.fromkeys([*self.tools, *(name for kind in self.kinds.values() for name in kind.tools)]))
 
     @property
+    def functions(self) -> list[Callable[..., Any]]:
+        """Of all tools: functions as they were given, and methods of environments that all rows have."""
+        shared = self.kinds.get(None)
+        methods = [getattr(shared.factory, name) for name in shared.tools] if shared else []
+        return [*(tool.function for tool in self.tools.values()), *methods]
+
+    @property
     def rewards(self) -> list[str]:
         """The classes of environments that have a reward of their own, each once."""
         return list(dict.fromkeys(kind.name for kind in self.kinds.values() if kind.has_reward))

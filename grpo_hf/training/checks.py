@@ -101,7 +101,7 @@ def checked_rewards(
     if processing_classes is not None and not isinstance(processing_classes, list) and len(models) > 1:
         raise ValueError(
             f"reward_processing_classes is one tokenizer for {len(models)} reward models ({', '.join(models)}), which may"
-            " have different ones; give a list with one for each reward, None where the reward is no model"
+            " have different ones; give a list, whose entries must match the rewards, None where a reward is no model"
         )
     tokenizers = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(rewards)
     if len(tokenizers) != len(rewards):

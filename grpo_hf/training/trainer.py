@@ -135,7 +135,6 @@ class GRPOTrainer(Trainer):
         if args.use_vllm and args.vllm_mode == "colocate":
             installed_vllm()
         self.metrics = Metrics()
-        self.tools = list(tools or [])
         self.toolbox = make_toolbox(tools, environment_factory, rollout_func, args)
         self.rollout_func = rollout_func
         own = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
@@ -343,6 +342,16 @@ class GRPOTrainer(Trainer):
     def reward_weights(self) -> Tensor:
         """What each is multiplied by in their sum."""
         return torch.tensor(self.scorer.weights)
+
+    @property
+    def tools(self) -> list[Callable[..., Any]]:
+        """What the model may call, whatever the row."""
+        return self.toolbox.functions if self.toolbox else []
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether a router's auxiliary loss is added to this one: never, and a model that asks for it is refused."""
+        return False
 
     @property
     def entropy_coef(self) -> float | None:
