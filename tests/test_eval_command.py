@@ -14,9 +14,9 @@ from tests.tiny import tiny_model, tiny_tokenizer
 SMALL = ["--model_options", "{warm_up_until: 0.0}", "--dataset_options", "{train: 8, held_out: 12}", "--use_vllm", "false"]
 
 
-def evaluated(folder: Path, *more: str) -> int:
+def evaluated(folder: Path, *more: str, model: str | None = None) -> int:
     given = ["--recipe", "sorting_lm", "--output", str(folder), "--k", "4", "--temperature", "1.0", *SMALL, *more]
-    return main(["eval", *given])
+    return main(["eval", *([model] if model else []), *given])
 
 
 def test_a_recipe_is_evaluated_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +53,23 @@ def test_a_model_on_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "gsm8k/pass@2" in capsys.readouterr().out
     assert main(["eval", str(model), *given]) == 0, "again: the earlier one is set aside"
     assert (tmp_path / "out" / "earlier-1" / "evaluations").is_dir()
+
+
+def test_a_model_that_was_trained_here_is_evaluated_as_in_training(tmp_path: Path) -> None:
+    """With the tokenizer that it was trained with: the family's own would leave out the spaces."""
+    train = [
+        "train",
+        "sorting_lm",
+        "--max_steps",
+        "1",
+        "--output_dir",
+        str(tmp_path / "run"),
+        *SMALL,
+        "--num_generations_eval",
+    ]
+    assert main([*train, "4", "--eval_temperature", "1.0", "--per_device_train_batch_size", "8"]) == 0
+    evaluated(tmp_path / "out", model=str(tmp_path / "run"))
+    assert read_evaluation(tmp_path / "out") == read_evaluation(tmp_path / "run")
 
 
 def test_mistakes(tmp_path: Path) -> None:

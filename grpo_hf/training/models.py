@@ -19,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import find_adapter_config_file, logging
@@ -74,9 +75,12 @@ def load_config(model: str | PreTrainedModel | PeftModel, **options: Any) -> Pre
 def load_tokenizer(model: str | PreTrainedModel | PeftModel, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to the model; an adapter's own, if it has one."""
     if not isinstance(model, str):
-        return AutoTokenizer.from_pretrained(model.config._name_or_path, **options)  # type: ignore[union-attr]
-    if not get_tokenizer_config(model, **options):
+        model = str(model.config._name_or_path)  # type: ignore[union-attr]
+    elif not get_tokenizer_config(model, **options):
         model, options = _base_of(model, options)
+    if get_tokenizer_config(model, **options).get("tokenizer_class") == "TokenizersBackend":
+        # tokenizer.json as it is: AutoTokenizer would replace how it splits text by what the model's family has
+        return PreTrainedTokenizerFast.from_pretrained(model, **options)
     return AutoTokenizer.from_pretrained(model, **options)
 
 
