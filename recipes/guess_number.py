@@ -53,15 +53,34 @@ def make_data(*, train: int = 4096, held_out: int = 256) -> tuple[list[dict], li
     return rows[:train], rows[train:]
 
 
+def anything(game: GuessNumber, generator: random.Random) -> int:
+    """Any number, whatever was said."""
+    return generator.randint(1, HIGHEST)
+
+
+def possible(game: GuessNumber, generator: random.Random) -> int:
+    """What it can still be."""
+    return generator.randint(game.low, game.high)
+
+
+def middle(game: GuessNumber, generator: random.Random) -> int:
+    """What leaves as little as possible, whichever way it goes."""
+    return (game.low + game.high) // 2
+
+
+PLAYERS = {anything: 4, possible: 1, middle: 1}
+"""Ways of guessing and how common they are; the last one always wins."""
+
+
 def demonstrations(count: int, generator: random.Random) -> tuple[list[list[dict[str, Any]]], list[Any]]:
-    """Games of players who guess at random: one in three among what is left, the others among all numbers."""
+    """Games of players, each with a way of guessing: see PLAYERS."""
     conversations = []
     for _ in range(count):
-        game, listens = GuessNumber(), generator.random() < 1 / 3
+        game, (player,) = GuessNumber(), generator.choices(list(PLAYERS), PLAYERS.values())
         game.reset(generator.randint(1, HIGHEST))
         messages: list[dict[str, Any]] = [*PROMPT]
         while not game.found and game.guesses < GUESSES:
-            guess = generator.randint(game.low, game.high) if listens else generator.randint(1, HIGHEST)
+            guess = player(game, generator)
             call = {"function": {"name": "guess", "arguments": {"number": guess}}}
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
             messages.append({"role": "tool", "name": "guess", "content": game.guess(guess)})
