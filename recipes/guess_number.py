@@ -76,7 +76,7 @@ def demonstrations(count: int, generator: random.Random) -> tuple[list[list[dict
     """Games of players, each with a way of guessing: see PLAYERS."""
     conversations = []
     for _ in range(count):
-        game, (player,) = GuessNumber(), generator.choices(list(PLAYERS), PLAYERS.values())
+        game, (player,) = GuessNumber(), generator.choices(list(PLAYERS), list(PLAYERS.values()))
         game.reset(generator.randint(1, HIGHEST))
         messages: list[dict[str, Any]] = [*PROMPT]
         while not game.found and game.guesses < GUESSES:

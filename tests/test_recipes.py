@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,20 @@ def sorting_lm(folder: Path) -> dict[str, Any]:
     return small | TINY_BATCH
 
 
+def agent(name: str, folder: Path) -> dict[str, Any]:
+    """Few games, and a model that knows nothing of their form."""
+    shown = {"demonstrations": f"{ROOT}/recipes/{name}.py:demonstrations", "conversations": 64, "steps": 2}
+    return {
+        "model_options": shown,
+        "dataset_options": {"train": 16, "held_out": 3},
+        "max_completion_length": 24,
+    } | TINY_BATCH
+
+
 SMALL: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "calculator": partial(agent, "calculator"),
     "countdown": countdown,
+    "guess_number": partial(agent, "guess_number"),
     "gsm8k_full": gsm8k,
     "gsm8k_lora": gsm8k,
     "reasoning_gym": reasoning_gym,
@@ -116,7 +129,7 @@ def test_a_recipe_says_what_it_is_and_holds_known_settings(recipe: Path) -> None
     assert text.startswith("# ")
     run, config = parse([str(recipe), "--use_cpu"])
     assert config.output_dir == f"runs/{recipe.stem}"
-    assert run.rewards
+    assert run.rewards or run.environment_factory
     assert (run.model_name_or_path is None) == (run.model_function is not None)
 
 
