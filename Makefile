@@ -10,7 +10,7 @@ QUICK_TESTS := $(filter-out tests/invariants/test_5% tests/invariants/test_6%, $
 	kl.py layers.py layout.py logits.py logprobs.py losses.py metrics.py objective.py pass_at_k.py planning.py prompts.py \
 	record.py stream.py toy.py tree.py)
 
-.PHONY: setup check quick test lint demo
+.PHONY: setup check quick test lint docs demo
 setup: .venv/ready
 
 # vLLM's CPU build brings builds of three packages that break `import transformers`; it runs without them.
@@ -43,6 +43,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What is generated, and the site, in build/site.
+docs: setup
+	$(BIN)/python -m docs.pages
+	$(BIN)/python -m docs.picture
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: setup
 	$(BIN)/python recipes/train.py recipes/sorting_lm.yaml

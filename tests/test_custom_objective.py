@@ -17,6 +17,7 @@ from grpo_hf.training.checks import checked_rewards
 from grpo_hf.training.guards import GuardError
 from grpo_hf.training.same_run import Changes, check_same_run, describe_run
 from grpo_hf.types import TokenBatch
+from tests.snippets import ROOT, blocks_of
 from tests.tiny import Gradients, relative_error, tiny_trainer
 
 
@@ -78,11 +79,10 @@ def test_a_credit_of_ones_own(custom: str) -> None:
     assert config().credit() is ADVANTAGES["group"]
 
 
-def test_the_readmes(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (block,) = [part.split("```")[0] for part in readme.split("```python\n")[1:] if "def loss(batch" in part]
-    (tmp_path / "readme.py").write_text(block)
-    made = config(loss_type=f"{tmp_path}/readme.py:loss", advantage=f"{tmp_path}/readme.py:credit")
+def test_the_docs_own(tmp_path: Path) -> None:
+    (shown,) = [block for block in blocks_of(ROOT / "docs" / "objectives.md") if "def loss(batch" in block.text]
+    (tmp_path / "my_loss.py").write_text(shown.text)
+    made = config(loss_type=f"{tmp_path}/my_loss.py:loss", advantage=f"{tmp_path}/my_loss.py:credit")
     assert not made.objective().needs_every_token and not made.objective().needs_whole_completions
     checked_rewards(["exact_match", "format"], made)
     # One correct and short, one correct and long, one wrong: 1 - 2/3 + 0.5 x 1, 1 - 2/3, 0 - 2/3.

@@ -1,4 +1,4 @@
-"""Verifiers of others: a package that is pip-installed and used by name, a file, and the README's few lines."""
+"""Verifiers of others: a package that is pip-installed and used by name, a file, and the docs' few lines."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from grpo_hf.cli.train import main
 from grpo_hf.rewards import get_reward, registry
+from tests.snippets import blocks_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tests" / "other_package"
@@ -84,15 +85,10 @@ def test_it_is_not_found_where_it_is_not_installed() -> None:
         get_reward("says_please")
 
 
-def readme_verifier() -> str:
-    """The README's own example."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return next(block for block in blocks if "@register_reward" in block)
-
-
-def test_the_readmes_lines_work_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_docs_lines_work_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registry", {})
-    exec(readme_verifier(), {"__name__": "my_rewards"})
+    (shown,) = [block for block in blocks_of(ROOT / "docs" / "rewards.md") if "@register_reward" in block.text]
+    exec(shown.text, {"__name__": "my_rewards"})
     reward = get_reward("says_please")
     assert reward.columns == ("politeness",)
     assert [reward.function(completion=text, politeness=0.5) for text in ("Tea, please", "Tea")] == [0.5, 0.0]
