@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: every call ended well and no label is contradicted. 1: not so. 2: the command makes no sense."""
     args = parse(argv)
     rewards = get_rewards([yaml.safe_load(spec) for spec in args.reward])
-    table = load_table(args.data, args.split)
+    table = with_columns_of_rows(load_table(args.data, args.split))
     if args.limit is not None:
         table = table.select(range(min(args.limit, len(table))))
     settings = RewardSettings(timeout=args.timeout, workers=args.workers, memory_gb=args.memory_gb)
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="grpo-hf verify", description=__doc__)
-    parser.add_argument("data", help="a .jsonl, .json, .csv or .parquet file, or a dataset's name")
+    parser.add_argument("data", help="a file (.jsonl, .json, .csv, .parquet), a run's rollouts/, or a dataset's name")
     parser.add_argument("--reward", action="append", required=True, help="a name, or {name: math, mode: strict}; repeatable")
     parser.add_argument("--gold", action="store_true", help="only check that every gold answer can be read")
     parser.add_argument("--split", default="train", help="of a dataset given by name")
@@ -82,6 +82,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="worker processes; default: the machine's cores")
     parser.add_argument("--memory-gb", type=float, default=4.0, help="of one call")
     return parser.parse_args(argv)
+
+
+def with_columns_of_rows(table: Dataset) -> Dataset:
+    """The samples that a run has saved, with the columns of their rows, which are JSON there."""
+    if not {"rollout", "row", "columns", "completion"} <= set(table.column_names):
+        return table
+    return table.map(lambda sample: json.loads(sample["columns"]), remove_columns="columns")
 
 
 def score(rewards: list[Reward], table: Dataset, args: argparse.Namespace, settings: RewardSettings) -> Iterator[Scored]:

@@ -57,6 +57,11 @@ def load_prompts(
         ids = [_tokenize(raw, tokenizer, options) for raw in table[PROMPT_COLUMN]]
     else:
         ids = [_tokenize(row[PROMPT_COLUMN], tokenizer, options | {"tools": schemas(row) or None}) for row in table]
+    if tokenizer.chat_template and isinstance(table[PROMPT_COLUMN][0], str):
+        logger.warning(
+            f"{name}: prompts are plain text, and go to the model without the chat template that its tokenizer has. A chat "
+            "model wants messages: [{'role': 'user', 'content': ...}]; in a recipe set system_prompt"
+        )
     empty = [number for number, tokens in enumerate(ids) if not tokens]
     if empty:
         raise ValueError(f"{name}: {len(empty)} prompts have no tokens (rows {_listed(empty)}); give each some text")

@@ -21,6 +21,7 @@ from grpo_hf.rewards import Reward, Scorer, check_columns, get_rewards
 from grpo_hf.rewards.gold import bad_gold
 from grpo_hf.rewards.loading import nearest
 from grpo_hf.rewards.trial import try_options
+from grpo_hf.rollout.dynamic import is_informative
 from grpo_hf.rollout.prompts import PromptSet, check_is_table, checked_dataset, load_prompts
 from grpo_hf.training.config import GRPOConfig
 from grpo_hf.training.policy import StepReport
@@ -89,6 +90,21 @@ def warn_without_reward(groups: Iterable[Group]) -> None:
             f"no reward has given {len(without)} of {len(completions)} completions a score, so they are not trained on; the "
             f"first of them: {without[0].text!r:.200}"
         )
+
+
+def warn_without_signal(groups: Sequence[Group]) -> None:
+    """Say so, with a sample, where the rewards of no group differ, so that nothing is learned of them."""
+    completions = [item for group in groups for item in group.completions]
+    if not completions or any(map(is_informative, groups)):
+        return
+    rewards, cut = sorted({item.reward for item in completions}), sum(item.truncated for item in completions)
+    logger.warning(
+        f"no group of the first rollout has a signal: its {len(completions)} completions have the rewards "
+        f"{', '.join(f'{value:g}' for value in rewards[:5])}, equal within each group, and {cut} of them were cut off at "
+        f"max_completion_length. One of them: {completions[0].text!r:.300}. Where this goes on nothing is learned: show the "
+        "form of the answer in the prompt, with an example; reward parts of it; take prompts that the model solves "
+        "sometimes (grpo-hf eval shows pass@k)"
+    )
 
 
 def checked_rewards(

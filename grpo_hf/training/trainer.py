@@ -393,6 +393,8 @@ class GRPOTrainer(Trainer):
         if args.log_completions and since_log < args.steps_per_rollout:
             self._show(rollout.groups, step + 1)
         checks.warn_without_reward(rollout.sampled)
+        if index == 0 and self.rewards:
+            checks.warn_without_signal(rollout.sampled)
         stop_if_faulty(merged(self.peers.gather(rollout.tally)), self.scorer.settings)
         with self.metrics.phase("logprobs"):
             return replace(rollout, updates=self.policy.annotated(updates, step=step + 1))
