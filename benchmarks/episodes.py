@@ -27,7 +27,7 @@ from grpo_hf.types import Completion
 from tests.agents import agent_model, agent_tokenizer, agent_trainer
 
 RESULT = Path(__file__).parent / "results" / "episodes.json"
-EPISODES, TURNS, ROUNDS = 64, 6, 3
+EPISODES, TURNS, ROUNDS = 64, 6, 2
 PROMPTS = [{"prompt": [{"role": "user", "content": word}]} for word in ("one", "two", "one two", "six")]
 SETTINGS = {"max_completion_length": 120, "num_generations": 16, "per_device_train_batch_size": EPISODES}
 
