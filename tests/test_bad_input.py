@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import threading
@@ -222,6 +223,20 @@ def test_overlong_prompts_can_be_dropped_and_it_is_said(tmp_path: Path, caplog: 
     assert [prompt.index for prompt in trainer.prompts] == [1, 2, 3, 4, 5, 6]
     assert "train_dataset: dropped 2 of 8 prompts longer than 56 tokens" in caplog.text
     trainer.train()
+
+
+# ---- A run that learns nothing
+
+
+@pytest.mark.parametrize(("rewards", "said"), [((0.0, 0.0), True), ((0.0, 1.0), False)])
+def test_a_first_rollout_without_signal_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rewards: tuple[float, float], said: bool
+) -> None:
+    draw = itertools.cycle(rewards)
+    with caplog.at_level(logging.WARNING):
+        tiny_trainer(tmp_path, reward=lambda completions, **others: [next(draw) for _ in completions], max_steps=2).train()
+    about = "no group of the first rollout has a signal: its 8 completions have the rewards 0, equal within each group"
+    assert caplog.text.count(about) == int(said)
 
 
 # ---- Verifiers that fail in a run

@@ -66,8 +66,12 @@ def test_what_a_page_shows_runs(page: Path, folder: Path, tmp_path: Path, monkey
         run_block(block, page, names)
 
 
-def test_every_shown_verifier_and_run_is_really_run() -> None:
-    """Most blocks are: what is not needs machines, the network or minutes, and says so."""
+def test_every_block_has_a_language_and_most_are_run() -> None:
+    """What is not run needs machines, the network or minutes, and says so; without a language it would not be seen."""
+    for page in WRITTEN:
+        fences = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)
+        assert all(fences[::2]) and not any(fences[1::2]), page
+        assert len(fences) == 2 * len(blocks_of(page)), page
     blocks = [block for page in SHOWN for block in blocks_of(page) if block.language in ("python", "bash", "notebook")]
     assert sum(block.why is None for block in blocks) >= 0.7 * len(blocks)
 

@@ -42,6 +42,17 @@ def test_chat_messages() -> None:
     assert tokenizer.decode(moody.ids) == "user hello assistant gaily"
 
 
+def test_plain_text_for_a_chat_model_is_said(tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_prompts(rows("w1"), tokenizer)
+        assert "chat template" not in caplog.text
+        tokenizer.chat_template = TEMPLATE
+        load_prompts(rows([{"role": "user", "content": "w1"}]), tokenizer)
+        assert "chat template" not in caplog.text
+        load_prompts(rows("w1"), tokenizer)
+    assert "prompts are plain text, and go to the model without the chat template that its tokenizer has" in caplog.text
+
+
 def test_prompts_of_another_kind_are_refused(tokenizer) -> None:
     with pytest.raises(ValueError, match="a prompt must be a string or a list of chat messages, got int: 7"):
         load_prompts([{"prompt": 7}], tokenizer)

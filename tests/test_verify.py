@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from grpo_hf.cli import main
+from tests.tiny import tiny_trainer
 
 ROWS = [
     {"prompt": "1 + 1", "completion": "#### 2", "answer": "#### 2", "right": 1.0},
@@ -93,6 +94,13 @@ def test_gold_answers_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert verify(file_of(tmp_path, rows[::2]), "--reward", "gsm8k", "--gold") == 0
     assert verify(file_of(tmp_path, rows), "--reward", "sorting", "--gold") == 0
     assert "nothing to check" in capsys.readouterr().out
+
+
+def test_a_runs_samples_are_judged_by_their_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "w1", "answer": "w1 w2"}, {"prompt": "w2", "answer": "w3"}]
+    tiny_trainer(tmp_path, dataset=rows, num_generations=4, save_rollouts=True).train()
+    assert verify(str(tmp_path / "rollouts"), "--reward", "exact_match") == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["exact_match", "8"]
 
 
 def test_bad_commands(tmp_path: Path) -> None:

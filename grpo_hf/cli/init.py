@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
     print(f"{folder}: rows.jsonl, verifier.py, test_verifier.py, recipe.yaml. Then:")
-    print(f"  cd {folder} && pytest            # is the verifier right?")
-    print("  grpo-hf train recipe.yaml        # train; --resume_from_checkpoint auto goes on after a stop")
+    print(f"  cd {folder} && pytest                                # is the verifier right? (pip install pytest)")
+    print("  grpo-hf eval --recipe recipe.yaml --data rows.jsonl  # is the model ever right, before it is trained?")
+    print("  grpo-hf train recipe.yaml                            # --resume_from_checkpoint auto goes on after a stop")
     return 0
