@@ -50,7 +50,10 @@ def test_a_model_on_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixt
     given = ["--data", str(data), "--reward", "{name: gsm8k, reading: last_number}", "--prompt_template", "{question}"]
     given += ["--k", "2", "--output", str(tmp_path / "out"), "--max_completion_length", "8", "--use_cpu"]
     assert main(["eval", str(model), *given]) == 0
-    assert "gsm8k/pass@2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "gsm8k/pass@2" in out
+    for row, question in enumerate(read_evaluation(tmp_path / "out")["eval"][:3]):
+        assert f"row {row}: reward {question.rewards[0]:g} for {question.answers[0]!r:.100}\n" in out
     assert main(["eval", str(model), *given]) == 0, "again: the earlier one is set aside"
     assert (tmp_path / "out" / "earlier-1" / "evaluations").is_dir()
 

@@ -18,6 +18,9 @@ from grpo_hf.evaluation.intervals import Estimate
 from grpo_hf.evaluation.record import FOLDER, UNNAMED, read_evaluation
 from grpo_hf.training.config import GRPOConfig
 
+SHOWN = 3
+"""Answers that are shown, of the first prompts."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table of every reward's avg@k, pass@k and maj@k; the samples stay in the output folder."""
@@ -35,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             shown = "" if name == UNNAMED else f"{name}: "
             print(f"{shown}{len(questions)} prompts, {len(questions[0].rewards)} samples each")
             print("\n".join(table(estimates_of(questions))))
+            for question in questions[:SHOWN]:
+                print(
+                    f"row {question.row}: reward {question.rewards[0]:g} for {' '.join(question.answers[0].split())!r:.100}"
+                )
         print(f"samples: {Path(str(config.output_dir)) / FOLDER}")
     return 0
 
