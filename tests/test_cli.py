@@ -62,6 +62,7 @@ OVERRIDES = {
     "text like a number": (["--run_name", "007"], "run_name", "007"),
     "text with a colon": (["--system_prompt", "Answer: briefly"], "system_prompt", "Answer: briefly"),
     "text or nothing": (["--dataset_test_split", "null"], "dataset_test_split", None),
+    "text of no letters": (["--system_prompt", ""], "system_prompt", ""),
     "resume": (["--resume_from_checkpoint", "auto"], "resume_from_checkpoint", "auto"),
 }
 
@@ -130,7 +131,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    assert "there is no command 'trian', only train, recipes, init, serve, verify, toy" in capsys.readouterr().err
+    known = "train, recipes, init, eval, compare, serve, verify, toy"
+    assert f"there is no command 'trian', only {known}" in capsys.readouterr().err
 
 
 def test_train_without_a_recipe_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,7 +266,7 @@ def test_report_is_written_again(tiny_recipe: str, tmp_path: Path, capsys: pytes
     [
         ({"model_function": None}, "set model_name_or_path or model_function, one of them"),
         ({"model_name_or_path": "tiny"}, "set model_name_or_path or model_function, one of them"),
-        ({"dataset_name": "gsm8k"}, "set dataset_name or dataset_function, one of them"),
+        ({"dataset_name": "gsm8k"}, "set dataset_name or dataset_function or environments, one of them"),
         ({"rewards": []}, "reward_funcs is empty"),
         ({"rewards": ["gsm8"], "reward_weights": None}, r"unknown reward 'gsm8'; known are: .*\(nearest: gsm8k\)"),
         (
@@ -314,6 +316,8 @@ def test_a_system_prompt_makes_chat_messages(tmp_path: Path) -> None:
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "What is 0 + 1?"},
     ]
+    train, _ = load_data(RunArguments(dataset_name=path, prompt_template="{question}", system_prompt=""))
+    assert train[0]["prompt"] == [{"role": "user", "content": "What is 0 + 1?"}]
     chat = [{"role": "user", "content": "Hello"}]
     path = write_rows(tmp_path / "chat.jsonl", [{"prompt": chat}])
     train, _ = load_data(RunArguments(dataset_name=path, system_prompt="Be brief."))

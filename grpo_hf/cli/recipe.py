@@ -37,7 +37,7 @@ class RunArguments:
     dataset_options: dict = field(default_factory=dict, metadata={"help": "Keywords of dataset_function."})
     max_eval_samples: int | None = option(None, "Evaluate on the first of the held-out rows only.")
     prompt_template: str | None = option(None, "Makes the prompt from a row's columns: '{question}'.")
-    system_prompt: str | None = option(None, "Makes the prompt chat messages, with this first.")
+    system_prompt: str | None = option(None, "Makes the prompt chat messages, with this first; '': without one.")
     rewards: list = field(default_factory=list, metadata={"help": "Names, functions, or {name: ..., option: ...}."})
     eval_rewards: list = field(default_factory=list, metadata={"help": "Those of held-out rows; default: the same."})
     teacher: str | None = option(None, "A model with the same tokenizer to learn from too: a hub name or a folder.")
@@ -161,7 +161,7 @@ def _from_command_line(text: str, declared: tuple[type, ...]) -> Any:
     """YAML, except that what can only be text stays it: {question} is a template, 001 a name."""
     value = yaml.safe_load(text)
     only_text = bool(declared) and set(declared) <= {str, type(None)}
-    return text if only_text and value is not None and not isinstance(value, bool) else value
+    return text if only_text and (not text or value is not None) and not isinstance(value, bool) else value
 
 
 def _as_declared(name: str, value: Any, declared: tuple[type, ...]) -> Any:

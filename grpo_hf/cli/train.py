@@ -159,13 +159,13 @@ def with_prompts(rows: Dataset, run: RunArguments) -> Dataset:
     if missing:
         raise ValueError(f"prompt_template={template!r} asks for {sorted(missing)}; the dataset has {rows.column_names}")
 
+    system = [{"role": "system", "content": run.system_prompt}] if run.system_prompt else []
+
     def prompt(row: dict[str, Any]) -> dict[str, Any]:
         if run.prompt_template is None and isinstance(row["prompt"], list):
-            return {"prompt": [{"role": "system", "content": run.system_prompt}, *row["prompt"]]}
+            return {"prompt": [*system, *row["prompt"]]}
         text = template.format(**row)
-        if run.system_prompt is None:
-            return {"prompt": text}
-        return {"prompt": [{"role": "system", "content": run.system_prompt}, {"role": "user", "content": text}]}
+        return {"prompt": text if run.system_prompt is None else [*system, {"role": "user", "content": text}]}
 
     return rows.map(prompt)
 

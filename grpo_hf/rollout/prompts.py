@@ -60,7 +60,7 @@ def load_prompts(
     if tokenizer.chat_template and isinstance(table[PROMPT_COLUMN][0], str):
         logger.warning(
             f"{name}: prompts are plain text, and go to the model without the chat template that its tokenizer has. A chat "
-            "model wants messages: [{'role': 'user', 'content': ...}]; in a recipe set system_prompt"
+            "model wants messages: [{'role': 'user', 'content': ...}]; in a recipe set system_prompt, '' for none"
         )
     empty = [number for number, tokens in enumerate(ids) if not tokens]
     if empty:

@@ -611,7 +611,7 @@ class GRPOTrainer(Trainer):
                 )
                 metrics |= {f"{prefix}_{key}": value for key, value in measured.metrics.items()}
                 if args.save_rollouts and measured.groups:
-                    self.folder.begin_record()
+                    self._begin_record()
                     place = {"step": self.state.global_step, "process": self.peers.rank, "seed": args.seed}
                     write_evaluation(self.folder.path, measured.groups, name=name, **place)
         self.log(metrics)
@@ -620,10 +620,14 @@ class GRPOTrainer(Trainer):
 
     # ---- Logs
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with what the steps since the last log measured; reward comes first."""
+    def _begin_record(self) -> None:
+        """What is measured before the first step is a new run's first line; after the last one it is still the run's."""
         if self.state.global_step == 0:
             self.folder.begin_record()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with what the steps since the last log measured; reward comes first."""
+        self._begin_record()
         readings = {}
         if "loss" in logs:
             logs = self.recorder.line(logs, step=self.state.global_step)
