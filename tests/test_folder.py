@@ -40,7 +40,7 @@ def test_a_new_run_sets_checkpoints_and_model_of_an_earlier_one_aside(
     new.evaluate([{"prompt": "w1 w2"}])
     new.train()
     assert (
-        f"{tmp_path} holds an earlier run, which is now in {tmp_path / 'earlier-1'}: checkpoint-1, checkpoint-2"
+        f"{tmp_path} holds an earlier run, which is now in {tmp_path / 'earlier-1'}: README.md, checkpoint-1, checkpoint-2"
         in caplog.text
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint-2", "earlier-1", METRICS, "notes.txt"]

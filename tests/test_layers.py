@@ -19,10 +19,15 @@ LOADS = {
 }
 """Modules, and which of HEAVY they may load: a worker that verifies waits for no tensor library."""
 
-EVERY_MODULE = """
-import importlib, pkgutil, grpo_hf
+WITH_AN_EXTRA = {"hosted_client": "verifiers"}
+"""Modules that need a package that may not be installed, by their last name."""
+
+EVERY_MODULE = f"""
+import importlib, importlib.util, pkgutil, grpo_hf
 for module in pkgutil.walk_packages(grpo_hf.__path__, "grpo_hf."):
-    if module.name.rsplit(".")[-1] != "__main__":
+    name = module.name.rsplit(".")[-1]
+    package = {WITH_AN_EXTRA}.get(name)
+    if name != "__main__" and (package is None or importlib.util.find_spec(package)):
         importlib.import_module(module.name)
 """
 

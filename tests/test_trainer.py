@@ -480,7 +480,7 @@ def test_completions_without_any_score_are_told_of(tmp_path: Path, monkeypatch: 
     trainer.train()
     without = [item for group in trainer.rollout.groups for item in group.completions if math.isnan(item.reward)]
     assert 0 < len(without) < 8
-    assert len(said) == 1 and said[0].startswith(f"no reward has given {len(without)} of 8 completions a score")
+    assert said[0].startswith(f"no reward has given {len(without)} of 8 completions a score")
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])

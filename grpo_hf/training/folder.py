@@ -36,7 +36,7 @@ METRICS = "metrics.jsonl"
 RECORD = (METRICS, "rollouts", "evaluations", "report.html", "curves.png", "profile")
 MODEL = (
     "*.safetensors *.safetensors.index.json config.json generation_config.json adapter_config.json tokenizer* vocab.* "
-    "merges.txt special_tokens_map.json added_tokens.json chat_template* training_args.bin"
+    "merges.txt special_tokens_map.json added_tokens.json chat_template* README.md training_args.bin"
 ).split()
 """Files that Trainer.save_model writes, the last of them always."""
 

@@ -73,6 +73,6 @@ def test_one_entry_changes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_the_toy_learns_under_the_trainer(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, max_steps=160, logging_steps=SOLVING.num_steps)
     trainer.train()
-    rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+    rewards = [line["reward"] for line in trainer.state.log_history if "loss" in line]
     assert len(rewards) == 40
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.5, rewards
