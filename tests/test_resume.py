@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from grpo_hf import GRPOTrainer
 from tests.runs import StopAfter, logs, lora, same, timeless, weights
 from tests.tiny import tiny_trainer
+from tests.tiny_models import tiny_model
 
 
 def numbers(trainer: GRPOTrainer) -> dict[int, dict[str, float]]:
@@ -68,6 +69,17 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, settings: dict, every: in
     assert same(weights(resumed.model), weights(whole.model))
     if whole.ref_model is not None:
         assert same(weights(resumed.ref_model), weights(whole.ref_model))
+
+
+def test_a_tied_weight_is_not_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    tiny_trainer(tmp_path, model=tiny_model("qwen2"), callbacks=[StopAfter(1)], **options).train()
+    resumed = tiny_trainer(tmp_path, model=tiny_model("qwen2"), **options)
+    resumed.train(resume_from_checkpoint="auto")
+    assert resumed.state.global_step == 2
+    assert "missing keys" not in caplog.text
+    head, embedding = resumed.model.get_output_embeddings(), resumed.model.get_input_embeddings()
+    assert head.weight is embedding.weight
 
 
 def test_it_resumes_from_the_newest_checkpoint(tmp_path: Path) -> None:

@@ -535,6 +535,12 @@ class GRPOTrainer(Trainer):
         if wanted and not finished and math.isfinite(checks.norm_of_weights(self.model)):
             self._save_checkpoint(self.model, trial)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Trainer's, for which a tied weight is missing: a checkpoint holds it once, under the other name."""
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, with a model card beside a model that is no checkpoint."""
         super().save_model(output_dir, _internal_call)
