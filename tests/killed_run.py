@@ -198,8 +198,7 @@ def served(folder: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     from tests.server import Server
 
     folder.mkdir(parents=True, exist_ok=True)
-    model = agent_model(vllm=True) if "agents" in settings else None
-    server = Server(folder, model=model, max_model_len=256)
+    server = Server(folder, model=agent_model(vllm=True), max_model_len=256) if "agents" in settings else Server(folder)
     server.start()
     try:
         server.wait()
