@@ -78,8 +78,6 @@ class Server:
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> list[psutil.Process]:
         """As a user who presses Ctrl-C; those of its processes that are left after it."""
-        if self.process.poll() is not None:
-            return []
         started = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(how)
         self.process.wait(60)

@@ -44,7 +44,8 @@ def test_a_new_run_sets_checkpoints_and_model_of_an_earlier_one_aside(
         in caplog.text
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint-2", "earlier-1", METRICS, "notes.txt"]
-    assert {"checkpoint-4", METRICS, "model.safetensors"} <= {path.name for path in (tmp_path / "earlier-1").iterdir()}
+    aside = {path.name for path in (tmp_path / "earlier-1").iterdir()}
+    assert {"checkpoint-4", METRICS, "model.safetensors", "README.md"} <= aside
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert run_of(tmp_path / "checkpoint-2")["seed"] == 7
 

@@ -38,7 +38,7 @@ MODEL = (
     "*.safetensors *.safetensors.index.json config.json generation_config.json adapter_config.json tokenizer* vocab.* "
     "merges.txt special_tokens_map.json added_tokens.json chat_template* README.md training_args.bin"
 ).split()
-"""Files that Trainer.save_model writes, the last of them always."""
+"""Files that GRPOTrainer.save_model writes, the last of them always."""
 
 
 def check_writable(folder: Path) -> None:

@@ -536,8 +536,8 @@ class GRPOTrainer(Trainer):
             self._save_checkpoint(self.model, trial)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Trainer's, for which a tied weight is missing: a checkpoint holds it once, under the other name."""
-        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+        """Trainer's, but a tied weight is not missing: a checkpoint holds it once, under its other name."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
