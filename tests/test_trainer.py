@@ -482,7 +482,9 @@ def test_completions_without_any_score_are_told_of(tmp_path: Path, monkeypatch: 
     assert 0 < len(without) < 8
     unscored, no_signal = said  # each is said once
     assert unscored.startswith(f"no reward has given {len(without)} of 8 completions a score")
-    assert no_signal.startswith("no group of the first rollout has a signal")
+    assert no_signal.startswith(
+        "no group of the first rollout has a signal: its 8 completions have the rewards 1, none, equal"
+    )
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])

@@ -97,10 +97,12 @@ def warn_without_signal(groups: Sequence[Group]) -> None:
     completions = [item for group in groups for item in group.completions]
     if not completions or any(map(is_informative, groups)):
         return
-    rewards, cut = sorted({item.reward for item in completions}), sum(item.truncated for item in completions)
+    scored = sorted({item.reward for item in completions if not math.isnan(item.reward)})
+    shown = [f"{value:g}" for value in scored[:5]] + ["none"] * any(math.isnan(item.reward) for item in completions)
+    cut = sum(item.truncated for item in completions)
     logger.warning(
         f"no group of the first rollout has a signal: its {len(completions)} completions have the rewards "
-        f"{', '.join(f'{value:g}' for value in rewards[:5])}, equal within each group, and {cut} of them were cut off at "
+        f"{', '.join(shown)}, equal within each group, and {cut} of them were cut off at "
         f"max_completion_length. One of them: {completions[0].text!r:.300}. Where this goes on nothing is learned: show the "
         "form of the answer in the prompt, with an example; reward parts of it; take prompts that the model solves "
         "sometimes (grpo-hf eval shows pass@k)"
