@@ -580,10 +580,13 @@ def test_where_no_process_can_be_started_those_that_run_go_on(monkeypatch: pytes
 
 
 SCRIPT = """
+import signal
 import time
 from grpo_hf.episodes.settings import ToolSettings
 from grpo_hf.episodes.toolbox import Toolbox
 from grpo_hf.types import ToolCall
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background has inherited to ignore it
 
 def hang():
     '''Hang.'''
