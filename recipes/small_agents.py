@@ -112,5 +112,6 @@ def warm_up(
         logits = model(input_ids=ids[rows]).logits[:, :-1]
         optimizer.zero_grad()
         cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

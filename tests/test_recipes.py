@@ -18,6 +18,7 @@ from grpo_hf.cli.recipe import parse
 from grpo_hf.cli.train import build_trainer, main
 from grpo_hf.toy.train import LECTURE_PROMPTS
 from recipes.loop import train as train_loop
+from recipes.smollm2 import exact_sort, make_letters, make_numbers
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +84,11 @@ def sorting_lm(folder: Path) -> dict[str, Any]:
     return small | TINY_BATCH
 
 
+def smollm2(folder: Path) -> dict[str, Any]:
+    """Another model, and few rows to evaluate on."""
+    return {"model_function": None, "stop_at": None, "dataset_options": {"held_out": 3}} | tiny_chat_model(folder)
+
+
 def agent(name: str, folder: Path) -> dict[str, Any]:
     """Few games, and a model that knows nothing of their form."""
     shown = {"demonstrations": f"{ROOT}/recipes/{name}.py:demonstrations", "conversations": 64, "steps": 2}
@@ -100,6 +106,10 @@ SMALL: dict[str, Callable[[Path], dict[str, Any]]] = {
     "gsm8k_full": gsm8k,
     "gsm8k_lora": gsm8k,
     "reasoning_gym": reasoning_gym,
+    "smollm2_digits": smollm2,
+    "smollm2_letters": smollm2,
+    "smollm2_sorting": smollm2,
+    "smollm2_sorting_lora": smollm2,
     "sorting_lm": sorting_lm,
     "toy_sorting": lambda folder: {},
 }
@@ -131,6 +141,18 @@ def test_a_recipe_says_what_it_is_and_holds_known_settings(recipe: Path) -> None
     assert config.output_dir == f"runs/{recipe.stem}"
     assert run.rewards or run.environment_factory
     assert (run.model_name_or_path is None) == (run.model_function is not None)
+
+
+def test_what_smollm2_is_asked() -> None:
+    """Held-out lists and words are never trained on, and the right answer earns all that there is."""
+    train, held_out = make_numbers(lengths=[3], below=4, train=40, held_out=5)
+    assert not {tuple(row) for row in train["numbers"]} & {tuple(row) for row in held_out["numbers"]}
+    assert exact_sort(" 1, 2, 10", [10, 2, 1]) == 1.0 and exact_sort("1, 2, 10.", [10, 2, 1]) == 0.0
+    train, held_out = make_letters()
+    words = [{row.split('"')[-2] for row in part["prompt"]} for part in (train, held_out)]
+    assert not words[0] & words[1] and len(words[1]) > 10
+    row = next(row for row in [*train, *held_out] if '"s" occur in the word "mississippi"' in row["prompt"])
+    assert row["answer"] == "4"
 
 
 @pytest.mark.parametrize("name", ["gsm8k_full", "gsm8k_lora"])

@@ -43,9 +43,9 @@ class RewardProgress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if self.training_bar is None or not logs:
             return
-        if any(name.startswith("eval_") for name in logs):
-            shown = {k: v for k, v in logs.items() if k == "eval_reward" or (k.startswith("eval_rewards/") and "/mean" in k)}
-            self.training_bar.write(f"step {state.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+        if measured_on_held_out(logs):
+            shown = [k for k in logs if k == "eval_reward" or (k.startswith("eval_rewards/") and k.endswith("/mean"))]
+            self.training_bar.write(f"step {state.global_step}: " + ", ".join(f"{k} {logs[k]:.4g}" for k in shown))
         elif "reward" in logs:
             short = {name.removeprefix("frac_"): logs[name] for name in HEADLINE if name in logs}
             self.training_bar.set_postfix({name: f"{value:.3g}" for name, value in short.items()})
@@ -69,6 +69,45 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             self.folder.write({"step": state.global_step, **logs})
+
+
+class StopAt(TrainerCallback):
+    """Ends the run when rewards of the held-out rows are at least so high in two evaluations in a row.
+
+    The log lines alone decide, so a run that was killed after its last checkpoint ends where it would have ended.
+    """
+
+    def __init__(self, least: dict[str, float]):
+        self.least = least
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Of a run that goes on, the lines may say that it has ended."""
+        control.should_training_stop = self.reached(state.log_history)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Steps are logged before an evaluation that may be the last, so that its checkpoint has all of their lines."""
+        control.should_log = control.should_log or control.should_evaluate
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.reached(state.log_history):
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+
+    def reached(self, lines: list[dict[str, float]]) -> bool:
+        """Whether the last two evaluations that were logged are high enough, each in all of its data sets."""
+        evaluations = {line["step"]: high_enough(line, self.least) for line in lines if measured_on_held_out(line)}
+        return len(evaluations) > 1 and all(list(evaluations.values())[-2:])
+
+
+def measured_on_held_out(line: dict[str, float]) -> bool:
+    """Whether a log line is an evaluation's."""
+    return any(name.startswith("eval_") for name in line)
+
+
+def high_enough(line: dict[str, float], least: dict[str, float]) -> bool:
+    """Whether the mean of each reward is at least so, in every data set of an evaluation's line."""
+    means = {reward: [value for name, value in line.items() if name.endswith(f"rewards/{reward}/mean")] for reward in least}
+    return all(means[reward] and min(means[reward]) >= bound for reward, bound in least.items())
 
 
 class StepClock(TrainerCallback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,24 @@ def check_best_metric(args: GRPOConfig, rewards: list[Reward], evals: list[str])
             f"metric_for_best_model={args.metric_for_best_model!r} is none that evaluation has: {', '.join(known)}"
             f"{nearest(wanted, known)}"
         )
+
+
+def check_stop_at(args: GRPOConfig, rewards: list[Reward], evals: list[str]) -> None:
+    """Raise ValueError where a run cannot be ended by rewards of held-out rows."""
+    if args.stop_at is None:
+        return
+    numbers = isinstance(args.stop_at, Mapping) and all(type(least) in (int, float) for least in args.stop_at.values())
+    if not numbers or not args.stop_at:
+        raise ValueError(f"stop_at={args.stop_at!r} must map rewards to numbers: {{exact_match: 0.97}}")
+    if not evals or args.eval_strategy == "no":
+        raise ValueError(
+            f"stop_at={args.stop_at!r} needs evaluations: give an eval_dataset, and set eval_strategy='steps' and eval_steps"
+        )
+    names = [reward.name for reward in rewards]
+    for name in args.stop_at:
+        if name not in names:
+            known = f"{', '.join(names)}{nearest(name, names)}"
+            raise ValueError(f"stop_at names {name!r}, which is no reward of the held-out rows: {known}")
 
 
 def warn_without_reward(groups: Iterable[Group]) -> None:

@@ -265,6 +265,13 @@ class GRPOConfig(TrainingArguments):
         f"{', '.join(ACTIONS)}; guards {', '.join(f'{k} ({g.action}, {g.threshold})' for k, g in GUARDS.items())}.",
     )
 
+    # The end
+    stop_at: dict | str | None = option(
+        None,
+        "End the run when these rewards of the held-out rows are, in two evaluations in a row, at least so high on average: "
+        "{exact_match: 0.97}. max_steps is then the most that it takes.",
+    )
+
     # What a run leaves
     log_completions: bool = option(
         False, "Print some samples with their rewards at each log line; all of them are a table in wandb and trackio."

@@ -53,7 +53,7 @@ SAID = [
     *(
         "max_grad_norm beta epsilon epsilon_high delta entropy_coef sync_ref_model ref_model_mixup_alpha "
         "ref_model_sync_steps reward_timeout reward_memory_gb reward_policy reward_max_fault_share bad_gold_rows guards "
-        "tool_timeout tool_memory_gb tool_result_chars tool_policy"
+        "tool_timeout tool_memory_gb tool_result_chars tool_policy stop_at"
     ).split(),
 ]
 """What is changed on purpose in the middle of a run: what follows is not what would have been, which is said."""

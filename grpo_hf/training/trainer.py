@@ -167,6 +167,7 @@ class GRPOTrainer(Trainer):
         checks.check_enough_prompts(train, args)
         self.eval_prompts = evals = self._checked_eval(eval_dataset)
         checks.check_best_metric(args, self.eval_scorer.rewards, list(evals))
+        checks.check_stop_at(args, self.eval_scorer.rewards, list(evals))
         check_writable(Path(str(args.output_dir)))
 
         set_seed(args.seed)  # adapter weights are random
@@ -188,6 +189,7 @@ class GRPOTrainer(Trainer):
             callbacks=[
                 own_callbacks.FiniteWeights(self.guards),
                 own_callbacks.MetricsFile(self.folder),
+                *([own_callbacks.StopAt(args.stop_at)] if args.stop_at else []),  # type: ignore[arg-type]
                 *([own_callbacks.Profile(args.profile)] if args.profile else []),
                 *(callbacks or []),
                 *([own_callbacks.Report()] if args.write_report else []),
@@ -502,6 +504,11 @@ class GRPOTrainer(Trainer):
         if self.checkpoints.unsaved:
             raise GuardError(f"the run has ended, and its last checkpoint is not saved: {self.checkpoints.unsaved}")
         return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, which looks only after a step whether the run has ended."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
     def _how_to_go_on(self) -> str:
         newest = checkpoints.newest_checkpoint(self.folder.path)
