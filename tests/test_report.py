@@ -10,7 +10,8 @@ import pytest
 
 from grpo_hf.report import learning_curves, read_metrics, write_report
 from grpo_hf.report.curves import curve, held_out_keys, run_panels
-from grpo_hf.report.page import headline, pick_samples, read_samples
+from grpo_hf.report.page import headline
+from grpo_hf.report.samples import SHOWN_CHARACTERS, read_samples
 
 PNG = b"\x89PNG\r\n\x1a\n"
 BEST = "1 < 2 & 2 < 3\n\n  done"
@@ -67,78 +68,122 @@ def test_page_shows_the_headline_numbers(run_dir):
     assert "<th>model</th><td>tiny &amp; random</td>" in page
 
 
-def test_page_stands_alone_and_comes_in_order(run_dir):
+def shown(page):
+    """What the page's script reads."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)[1])
+
+
+def test_page_stands_alone(run_dir):
     page = write_report(run_dir)
-    text = page.read_text()
     assert page == run_dir / "report.html"
     assert (run_dir / "curves.png").read_bytes().startswith(PNG)
-    assert set(re.findall(r'(?:src|srcset|href)="([^"]{22})', text)) == {"data:image/png;base64,"}
-    assert "<script" not in text and "http" not in re.sub(r"base64,[^\"]*", "", text)
-    assert re.findall(r'<img alt="(.*?)"', text) == [
+    assert not re.search(r"\b(src|srcset|href|import)=", page.read_text())
+    assert [panel["title"] for panel in shown(page)["panels"]] == [
         "Reward",
         "Held-out reward",
         "Where the time of a step went (seconds)",
     ]
-    order = [text.index(part) for part in ("<h1>run</h1>", "<h2>Curves", "<h2>Samples", "Best", "Worst", ">Typical<")]
-    assert order == sorted(order)
 
 
-def test_page_shows_the_best_sample_escaped_with_its_lines(run_dir):
-    page = write_report(run_dir).read_text()
-    best, worst = page[page.index("<h3>Best") :].split("<h3>Worst")
-    assert best.count("<article>") == 3
-    first = best[: best.index("</article>")]
-    assert "1 &lt; 2 &amp; 2 &lt; 3\n\n  done</div>" in first
-    assert BEST not in page
-    assert ".text { white-space: pre-wrap" in page
-    facts = dict(re.findall(r"<span>(.*?) <b>(.*?)</b></span>", first))
-    assert facts == {
-        "reward": "1.000",
-        "advantage": "+0.500",
-        "step": "3",
-        "length": "7 tokens",
-        "sorting": "1.000",
-        "format": "n/a",
+def test_page_holds_every_sample_and_no_markup_of_theirs(run_dir):
+    write_rollouts(run_dir, [row(0.0, "</script><b>", rollout=0)])
+    page = write_report(run_dir)
+    assert "</script><b>" not in page.read_text()
+    assert [item["said"] for item in shown(page)["groups"][0]["items"]] == [[["assistant", "</script><b>"]]]
+
+
+def test_a_group_has_its_completions_by_reward(run_dir):
+    first, last = shown(write_report(run_dir))["groups"]
+    assert [first["step"], last["step"]] == [1, 3] and last["prompt"] == [["user", "sort: 3 1 2"]]
+    assert [item["reward"] for item in last["items"]] == [1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.1, 0.0]
+    assert last["items"][0] == {
+        "said": [["assistant", BEST]],
+        "reward": 1.0,
+        "scores": {"sorting": [1.0, "scored"], "format": [None, "scored"]},
+        "logged": {},
+        "advantage": 0.5,
+        "length": 7,
+        "cut_off": False,
+        "turns": 0,
     }
-    assert "answer 0.0<" in worst[: worst.index("</article>")]
-    assert "at the start" in page[page.index("first rollout (0)") :]
+
+
+def test_prompts_of_one_rollout_are_groups_of_their_own(tmp_path):
+    rows = [
+        row(float(i), f"{i} of {g}", group=g, columns=json.dumps({"numbers": [g]}), row=40 + g)
+        for g in (0, 1)
+        for i in (0, 1)
+    ]
+    write_rollouts(tmp_path, rows)
+    samples = read_samples(tmp_path / "rollouts", budget=10**6)
+    assert [(group["row"], group["columns"]) for group in samples.groups] == [
+        (40, {"numbers": "[0]"}),
+        (41, {"numbers": "[1]"}),
+    ]
+    assert samples.history == [[1, 40, 0.5], [1, 41, 0.5]]
+
+
+def test_chats_are_conversations(tmp_path):
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    call = {"name": "look", "arguments": {"at": "x"}, "outcome": "timeout", "seconds": 1.5}
+    said = [
+        {"role": "assistant", "content": "I look."},
+        {"role": "tool", "content": "late"},
+        {"role": "assistant", "content": "No."},
+    ]
+    turns = [{"num_tokens": 9, "seconds": 0.25, "calls": [call]}, {"num_tokens": 2, "seconds": 0.5, "calls": []}]
+    chat = {"messages": json.dumps([*asked, *said]), "turns": json.dumps(turns)}
+    write_rollouts(tmp_path, [row(1.0, "I look.No.", prompt=repr(asked), **chat)])
+    (group,) = read_samples(tmp_path / "rollouts", budget=10**6).groups
+    assert group["prompt"] == [("system", "Be brief."), ("user", "hi")]
+    (item,) = group["items"]
+    assert item["turns"] == 2
+    assert item["said"] == [
+        ("assistant, 9 tokens, 0.25 s", 'I look.\nlook("at": "x")'),
+        ("look: timeout, 1.50 s", "late"),
+        ("assistant, 2 tokens, 0.50 s", "No."),
+    ]
 
 
 def test_long_texts_are_cut_with_a_note(tmp_path):
-    write_metrics(tmp_path, {"step": 1, "reward": 1.0})
-    write_rollouts(tmp_path, [row(1.0, "a" * 1500 + "b" * 900, truncated=True, prompt="p" * 1500)])
-    page = write_report(tmp_path).read_text()
-    assert ">" + "a" * 1500 + "</div>" in page
-    assert page.count("cut here") == 1  # the prompt fits
-    assert "cut here: 1,500 of 2,400 characters shown" in page
-    assert "7 tokens, cut off" in page
+    write_rollouts(tmp_path, [row(1.0, "a" * SHOWN_CHARACTERS + "b", prompt="p" * SHOWN_CHARACTERS)])
+    (group,) = read_samples(tmp_path / "rollouts", budget=10**6).groups
+    assert group["prompt"][0][1] == "p" * SHOWN_CHARACTERS
+    assert group["items"][0]["said"][0][1] == "a" * SHOWN_CHARACTERS + "\n[cut here: 4,000 of 4,001 characters shown]"
 
 
-def test_samples_come_from_the_last_rollouts_and_no_row_twice(tmp_path):
-    files = [[row(float(i == 1), f"rollout {i}", rollout=i), row(0.5, "same", rollout=i)] for i in range(7)]
-    files[6] += [row(0.9, "late", rollout=6), row(math.nan, "unscored", rollout=6)]
-    write_rollouts(tmp_path, *files)
-    count, samples = read_samples(tmp_path / "rollouts")
-    assert count == 16
-    shown = [r["completion"] for heading in ("Best", "Worst", "Typical") for r in samples[heading]]
-    assert shown[0] == "late"
-    assert len(shown) == len(set(shown)) == 6
-    assert not {"rollout 1", "rollout 2", "unscored"} & set(shown)
-    assert next(r for rows in samples.values() for r in rows if r["completion"] == "same")["step"] == 7
-    assert [r["completion"] for r in samples["Typical, first rollout (0)"]] == ["rollout 0", "same"]
+def test_many_samples_are_thinned_evenly(tmp_path):
+    """As many rollouts as the budget has room for, the last and the first among them; numbers are of all."""
+    write_rollouts(tmp_path, *[[row(0.5, "x" * 100, rollout=i, group=0, row=0)] for i in range(9)])
+    one = len(json.dumps(read_samples(tmp_path / "rollouts", budget=1).groups))
+    samples = read_samples(tmp_path / "rollouts", budget=4 * one)
+    assert [group["step"] for group in samples.groups] == [1, 3, 5, 9]
+    assert samples.completions == 9 and len(samples.history) == 9
+    assert len(read_samples(tmp_path / "rollouts", budget=10**6).groups) == 9
 
 
-def test_equal_rewards_show_different_prompts():
-    rows = [row(1.0, f"{prompt}{i}", prompt=prompt) for prompt in "abc" for i in range(4)]
-    assert [r["completion"] for r in pick_samples(rows)["Best"]] == ["a0", "b0", "c0"]
+def test_runs_side_by_side(run_dir, tmp_path):
+    other = tmp_path / "other"
+    write_metrics(other, {"step": 2, "reward": 0.1}, {"step": 4, "reward": 0.2, "entropy": 1.0})
+    page = write_report(run_dir, other)
+    data = shown(page)
+    assert page == run_dir / "compare.html" and data["runs"] == ["run", "other"]
+    assert not (run_dir / "report.html").exists() and "<h2>other</h2>" in page.read_text()
+    reward = data["panels"][0]
+    assert reward["steps"] == [1, 2, 3, 4]
+    assert {s["label"]: s["values"] for s in reward["series"]} == {
+        "run: reward": [0.25, 0.5, 0.875, None],
+        "other: reward": [None, 0.1, None, 0.2],
+    }
+    assert {group["run"] for group in data["groups"]} == {0}
 
 
 def test_torn_rollout_file_is_skipped(tmp_path):
     write_rollouts(tmp_path, [row(1.0, "whole")])
     (tmp_path / "rollouts" / "000001.parquet").write_bytes(b"PAR1 half of a file")
-    count, samples = read_samples(tmp_path / "rollouts")
-    assert count == 1
-    assert samples["Best"][0]["completion"] == "whole"
+    samples = read_samples(tmp_path / "rollouts", budget=10**6)
+    assert samples.completions == 1
+    assert samples.groups[0]["items"][0]["said"] == [("assistant", "whole")]
 
 
 def test_last_line_of_a_step_wins_and_torn_lines_are_skipped(tmp_path):
@@ -168,12 +213,12 @@ def test_empty_metrics_name_the_file(tmp_path, text):
 
 def test_single_step_without_rollouts_or_numbers(tmp_path):
     write_metrics(tmp_path, {"step": 1, "reward": None, "kl": math.nan, "time/generate": 0.5})
-    page = write_report(tmp_path).read_text()
-    assert re.findall(r'<img alt="(.*?)"', page) == ["Where the time of a step went (seconds)"]
-    assert "Samples" not in page
-    assert "<dd>0.5 s</dd>" in page
+    page = write_report(tmp_path)
+    assert [panel["title"] for panel in shown(page)["panels"]] == ["Where the time of a step went (seconds)"]
+    assert shown(page)["groups"] == []
+    assert "<dd>0.5 s</dd>" in page.read_text()
     write_metrics(tmp_path, {"step": 1, "reward": None})
-    assert "No metric with a finite value" in write_report(tmp_path).read_text()
+    assert shown(write_report(tmp_path))["panels"] == []
 
 
 def test_totals_count_the_steps_between_logged_lines(tmp_path):
@@ -233,7 +278,14 @@ def test_outcomes_are_shown_beside_scores_and_as_curves(run_dir):
     assert set(panels["Verifier calls without a score (share)"].curves) == {"math: timeout", "held-out math: error"}
     assert not any("seconds" in title or "outcomes" in title for title in panels)
     more = {"outcomes/sorting": "timeout", "outcomes/format": "scored", "extra/parsed": "<3>"}
-    write_rollouts(run_dir, [row(0.0, "slow", **more)], [row(0.5, "quick", **{"extra/parsed": 3})])
-    page = write_report(run_dir).read_text()
-    assert "<span>sorting <b>0.000, timeout</b></span>" in page
-    assert "<span>parsed <b>&lt;3&gt;</b></span>" in page
+    write_rollouts(run_dir, [row(0.0, "slow", **more)], [row(0.5, "quick", rollout=1, **{"extra/parsed": 3})])
+    slow, quick = (group["items"][0] for group in shown(write_report(run_dir))["groups"])
+    assert slow["scores"] == {"sorting": [0.0, "timeout"], "format": [None, "scored"]}
+    assert (slow["logged"], quick["logged"]) == ({"parsed": "<3>"}, {"parsed": "3"})
+
+
+def test_tools_have_a_panel_of_their_own():
+    line = {"step": 1, "reward": 0.5, "tools/look/outcomes/ok": 0.9, "tools/look/outcomes/timeout": 0.1}
+    panels = {panel.title: panel for panel in run_panels([line])}
+    assert set(panels["Tool calls by how they ended (share)"].curves) == {"look: ok", "look: timeout"}
+    assert "Verifier calls without a score (share)" not in panels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -20,6 +19,7 @@ logger = logging.getLogger(__name__)
 Metrics = list[dict[str, Any]]
 PALETTE = ("#3b82c4", "#e08214", "#2a9d6f", "#c8499b", "#8570d6", "#cf4a3c", "#17a2b8", "#8f9499")
 DASHES = ("-", "--", ":", "-.")
+PAPER, INK, RULE = "#ffffff", "#24292f", "#d8dee4"
 # The stack of times from the bottom; a part that is not named here goes on top.
 TIME_PARTS = ("generate", "score", "logprobs", "forward_backward", "optimizer", "other")
 # Metrics that share a panel: title -> {key: label}. Their held-out twins are drawn beside them.
@@ -43,22 +43,22 @@ SHARED = {
     "Forward and backward (share of the matmul peak)": {"perf/mfu": "share"},
 }
 OUTCOMES_TITLE = "Verifier calls without a score (share)"
+TOOLS_TITLE = "Tool calls by how they ended (share)"
 # Eval keys without a plot of their own: cost, spread and diagnostics.
-NO_PLOT_ENDS = ("/mean", "_std", "/std", "runtime", "_per_second", "_time", "epoch", "num_tokens")
+NO_PLOT_ENDS = (
+    "/mean",
+    "_std",
+    "/std",
+    "_low",
+    "_high",
+    "eval_loss",
+    "runtime",
+    "_per_second",
+    "_time",
+    "epoch",
+    "num_tokens",
+)
 NO_PLOT_STARTS = ("eval_completions/", "eval_clip_ratio/", "eval_sampling/", "eval_time/", "eval_tokens")
-
-
-@dataclass(frozen=True)
-class Theme:
-    """The colours of one drawing."""
-
-    paper: str
-    ink: str
-    rule: str
-
-
-LIGHT = Theme(paper="#ffffff", ink="#24292f", rule="#d8dee4")
-DARK = Theme(paper="#1c2128", ink="#d5dbe1", rule="#3a424c")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,10 @@ def run_panels(metrics: Metrics) -> list[Panel]:
         curves = {label: curve(metrics, key) for key, label in labels.items()}
         twins = {f"held-out {label}": curve(metrics, f"eval_{key}") for key, label in labels.items()}
         panels.append(Panel(title, {label: c for label, c in (curves | twins).items() if c.values}))
-    panels.append(Panel(OUTCOMES_TITLE, _outcome_curves(metrics)))
+    outcomes = _outcome_curves(metrics)
+    of_tools = {label: c for label, c in outcomes.items() if "tools/" in label}
+    panels.append(Panel(OUTCOMES_TITLE, {label: c for label, c in outcomes.items() if label not in of_tools}))
+    panels.append(Panel(TOOLS_TITLE, {label.replace("tools/", ""): c for label, c in of_tools.items()}))
     panels.append(Panel("Where the time of a step went (seconds)", _time_curves(metrics), stacked=True))
     return [panel for panel in panels if any(c.values for c in panel.curves.values())]
 
@@ -184,15 +187,15 @@ def learning_curves(path: str | Path, curves: dict[str, list[float]], *, title: 
     """Draw labelled curves into one PNG and return its path; value i of a curve stands at x = i."""
     if not any(curves.values()):
         raise ValueError(f"nothing to draw into {path}: got {len(curves)} curves, none with a value")
-    figure = Figure(figsize=(9, 5), dpi=144, facecolor=LIGHT.paper, layout="constrained")
+    figure = Figure(figsize=(9, 5), dpi=144, facecolor=PAPER, layout="constrained")
     axes = figure.subplots()
     for i, (label, values) in enumerate(curves.items()):
         style = DASHES[i // len(PALETTE) % len(DASHES)]
         marker = "o" if len(values) == 1 else ""
         axes.plot(values, color=PALETTE[i % len(PALETTE)], linestyle=style, marker=marker, label=_plain(label))
-    _dress(axes, LIGHT, xlabel=xlabel, ylabel=ylabel)
-    figure.suptitle(_plain(title), color=LIGHT.ink, fontsize=12)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=LIGHT.ink)
+    _dress(axes, xlabel=xlabel, ylabel=ylabel)
+    figure.suptitle(_plain(title), color=INK, fontsize=12)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
     figure.savefig(path, format="png")
     return Path(path)
 
@@ -201,38 +204,29 @@ def save_grid(path: str | Path, panels: list[Panel], *, columns: int = 3) -> Pat
     """Draw all panels into one PNG and return its path."""
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.8 * columns, 3.3 * rows), dpi=110, facecolor=LIGHT.paper, layout="constrained")
+    figure = Figure(figsize=(4.8 * columns, 3.3 * rows), dpi=110, facecolor=PAPER, layout="constrained")
     cells = figure.subfigures(rows, columns, squeeze=False).flat
     for cell, panel in zip(cells, panels, strict=False):
-        draw_panel(cell, panel, LIGHT)
+        draw_panel(cell, panel)
     figure.savefig(path, format="png")
     return Path(path)
 
 
-def panel_png(panel: Panel, theme: Theme) -> bytes:
-    """One panel as the bytes of a PNG."""
-    figure = Figure(figsize=(4.8, 3.3), dpi=144, layout="constrained")
-    draw_panel(figure, panel, theme)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def draw_panel(figure: FigureBase, panel: Panel, theme: Theme) -> None:
+def draw_panel(figure: FigureBase, panel: Panel) -> None:
     """Draw one panel into a figure or a cell of one: title above, legend below."""
-    figure.set_facecolor(theme.paper)
+    figure.set_facecolor(PAPER)
     axes = figure.subplots()
     if panel.stacked:
         _draw_stack(axes, panel)
     else:
         for i, (label, c) in enumerate(panel.curves.items()):
             _draw_curve(axes, label, c, PALETTE[i % len(PALETTE)])
-    _dress(axes, theme, xlabel="step", ylabel="")
+    _dress(axes, xlabel="step", ylabel="")
     if panel.stacked or panel.title in SHARED:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    figure.suptitle(_plain(panel.title), color=theme.ink, fontsize=11)
+    figure.suptitle(_plain(panel.title), color=INK, fontsize=11)
     if len(panel.curves) > 1:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8, labelcolor=theme.ink)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8, labelcolor=INK)
 
 
 def _draw_curve(axes: Axes, label: str, c: Curve, color: str) -> None:
@@ -256,15 +250,15 @@ def _draw_stack(axes: Axes, panel: Panel) -> None:
     axes.margins(x=0)
 
 
-def _dress(axes: Axes, theme: Theme, *, xlabel: str, ylabel: str) -> None:
-    axes.set_facecolor(theme.paper)
-    axes.set_xlabel(_plain(xlabel), color=theme.ink, fontsize=9)
-    axes.set_ylabel(_plain(ylabel), color=theme.ink, fontsize=9)
-    axes.tick_params(colors=theme.ink, labelsize=8)
-    axes.grid(color=theme.rule, linewidth=0.6)
+def _dress(axes: Axes, *, xlabel: str, ylabel: str) -> None:
+    axes.set_facecolor(PAPER)
+    axes.set_xlabel(_plain(xlabel), color=INK, fontsize=9)
+    axes.set_ylabel(_plain(ylabel), color=INK, fontsize=9)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.grid(color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.rule)
+    axes.spines[["left", "bottom"]].set_color(RULE)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     axes.ticklabel_format(axis="y", useOffset=False)
 

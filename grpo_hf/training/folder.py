@@ -1,8 +1,8 @@
 """The folder of a run: one run at a time, and what an earlier one has left in it is set aside or gone on with.
 
-metrics.jsonl, rollouts/, evaluations/, report.html, curves.png, profile/    the record
-checkpoint-*/ and the files of the model at the end            what can be gone on from
-earlier-N/                                                     the same of an earlier run
+metrics.jsonl, rollouts/, evaluations/, report.html, compare.html, curves.png, profile/   the record
+checkpoint-*/ and the files of the model at the end                                        what can be gone on from
+earlier-N/                                                                                 the same of an earlier run
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
-RECORD = (METRICS, "rollouts", "evaluations", "report.html", "curves.png", "profile")
+RECORD = (METRICS, "rollouts", "evaluations", "report.html", "compare.html", "curves.png", "profile")
 MODEL = (
     "*.safetensors *.safetensors.index.json config.json generation_config.json adapter_config.json tokenizer* vocab.* "
     "merges.txt special_tokens_map.json added_tokens.json chat_template* README.md training_args.bin"
