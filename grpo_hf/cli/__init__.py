@@ -18,7 +18,8 @@ COMMANDS = {
     "serve": ("grpo_hf.cli.serve", "start a vLLM server that a trainer can give weights to"),
     "verify": ("grpo_hf.cli.verify", "score completions with any reward, or check a dataset's gold answers"),
     "toy": ("grpo_hf.toy.cli", "the CS336 lecture's sorting experiments, and what solves them"),
-    "report": ("grpo_hf.cli.report", "write the report page of a run folder again"),
+    "report": ("grpo_hf.cli.report", "write the page about a run, also while it goes on, or about several side by side"),
+    "rollouts": ("grpo_hf.cli.rollouts", "look through a run's samples in the terminal"),
 }
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: grpo-hf COMMAND ...\n")
-        print("\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()))
+        print("\n".join(f"  {name:<9}{text}" for name, (_, text) in COMMANDS.items()))
         print("\n--version prints the version; --traceback, after a command, shows where in the code a mistake was found.")
         return 0 if arguments else 2
     if arguments[0] == "--version":
