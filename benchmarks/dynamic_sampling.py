@@ -57,6 +57,7 @@ def run(dynamic: bool, args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "max_steps": args.steps,
         "per_device_train_batch_size": args.batch,
         "eval_strategy": "no",
+        "stop_at": None,
         "save_strategy": "no",
         "save_rollouts": False,
         "write_report": False,

@@ -1,4 +1,4 @@
-"""Draw step.svg from the last results of the benchmarks: `python -m docs.picture`."""
+"""Draw step.svg and smollm2.svg from the last results of the benchmarks: `python -m docs.picture`."""
 
 from __future__ import annotations
 
@@ -64,6 +64,31 @@ def panel(title: str, seconds: Mapping[str, float], top: int) -> Iterator[str]:
         yield f'<text x="{LABEL + length + 6:.0f}" y="{y + 13}">{value:.1f}</text>'
 
 
+def learning_curve(points: list[list[float]]) -> str:
+    """Held-out accuracy, 0 to 1, over the minutes of a run, from [minutes, accuracy] of each evaluation."""
+    left, bottom, width, height = 50, 190, WIDTH - 80, 160
+    longest = max(minutes for minutes, _ in points)
+    places = [(left + width * minutes / longest, bottom - height * accuracy) for minutes, accuracy in points]
+    drawn = []
+    for accuracy in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y = bottom - height * accuracy
+        drawn.append(f'<line class="rule" x1="{left}" x2="{left + width}" y1="{y:.0f}" y2="{y:.0f}"/>')
+        drawn.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{accuracy:.0%}</text>')
+    for minutes in range(int(longest) + 1):
+        x = left + width * minutes / longest
+        drawn.append(f'<text x="{x:.0f}" y="{bottom + 20}" text-anchor="middle">{minutes} min</text>')
+    line = " ".join(f"{x:.0f},{y:.0f}" for x, y in places)
+    drawn.append(f'<polyline class="line" points="{line}"/>')
+    drawn += [f'<circle class="ours" cx="{x:.0f}" cy="{y:.0f}" r="3.5"/>' for x, y in places]
+    title = "SmolLM2-135M-Instruct learns to sort 3 or 4 digits: lists sorted exactly, held out"
+    style = STYLE + "\n.rule { stroke: #8884 } .line { fill: none; stroke: #2a6fdb; stroke-width: 2 }"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 30}" role="img">'
+    named = f'<title>{title}</title><text class="title" x="0" y="16">{title}</text>'
+    return "\n".join([head, f"<style>{style}</style>", named, *drawn, "</svg>"]) + "\n"
+
+
 if __name__ == "__main__":
     (FOLDER / "step.svg").write_text(picture())
-    print(FOLDER / "step.svg")
+    learned = json.loads((RESULTS / "smollm2.json").read_text())
+    (FOLDER / "smollm2.svg").write_text(learning_curve(learned["smollm2_digits, seed 0"]["minutes and exact"]))
+    print(FOLDER / "step.svg", FOLDER / "smollm2.svg")
