@@ -11,7 +11,8 @@ import pytest
 from grpo_hf.report import learning_curves, read_metrics, write_report
 from grpo_hf.report.curves import curve, held_out_keys, run_panels
 from grpo_hf.report.page import headline
-from grpo_hf.report.samples import SHOWN_CHARACTERS, read_samples
+from grpo_hf.report.samples import SHOWN_CHARACTERS, decoder_of, read_samples
+from tests.tiny import tiny_tokenizer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 BEST = "1 < 2 & 2 < 3\n\n  done"
@@ -160,6 +161,19 @@ def test_many_samples_are_thinned_evenly(tmp_path):
     assert [group["step"] for group in samples.groups] == [1, 3, 5, 9]
     assert samples.completions == 9 and len(samples.history) == 9
     assert len(read_samples(tmp_path / "rollouts", budget=10**6).groups) == 9
+
+
+def test_tokens_of_the_last_and_the_first_rollout(tmp_path):
+    """By the tokenizer that the run has saved; a tool's tokens were not sampled."""
+    tiny_tokenizer(["even", "odd"]).save_pretrained(tmp_path / "checkpoint-1")
+    ids = tiny_tokenizer(["even", "odd"])("even odd even")["input_ids"]
+    tokens = {"ids": ids, "is_sampled": [True, False, True], "logprobs": [-0.123, 0.0, math.nan]}
+    write_rollouts(tmp_path, *[[row(0.5, "even odd even", rollout=i, **tokens)] for i in range(3)])
+    decode = decoder_of(tmp_path)
+    first, middle, last = read_samples(tmp_path / "rollouts", budget=10**6, decode=decode).groups
+    assert first["items"][0]["tokens"] == [["even", -0.12], ["odd", None], ["even", None]]
+    assert "tokens" in last["items"][0] and "tokens" not in middle["items"][0]
+    assert decoder_of(tmp_path / "rollouts") is None
 
 
 def test_runs_side_by_side(run_dir, tmp_path):

@@ -26,7 +26,7 @@ from grpo_hf.report.curves import (
     running_mean,
     save_grid,
 )
-from grpo_hf.report.samples import Samples, finite, read_samples
+from grpo_hf.report.samples import Samples, decoder_of, finite, read_samples
 
 BYTES_OF_SAMPLES = 15_000_000
 """At most, over all runs of a page; what is more is thinned."""
@@ -59,10 +59,7 @@ def write_report(
     """
     folders = [Path(run_dir), *map(Path, others)]
     names, budget = run_names(folders), BYTES_OF_SAMPLES // len(folders)
-    runs = [
-        Run(name, read_metrics(folder / "metrics.jsonl"), read_samples(folder / "rollouts", budget=budget))
-        for name, folder in zip(names, folders, strict=True)
-    ]
+    runs = [read_run(folder, name, budget) for name, folder in zip(names, folders, strict=True)]
     if not others and (panels := run_panels(runs[0].metrics)):
         save_grid(folders[0] / "curves.png", panels)
     page = folders[0] / ("compare.html" if others else "report.html")
@@ -70,6 +67,12 @@ def write_report(
     partial.write_text(page_html(runs, title or " and ".join(names), summary or {}, refresh), encoding="utf-8")
     partial.replace(page)
     return page
+
+
+def read_run(folder: Path, name: str, budget: int) -> Run:
+    """What a run has left, its samples as far as ``budget`` bytes go."""
+    samples = read_samples(folder / "rollouts", budget=budget, decode=decoder_of(folder))
+    return Run(name, read_metrics(folder / "metrics.jsonl"), samples)
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

@@ -6,14 +6,16 @@ import ast
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,11 @@ Said = list[tuple[str, str]]
 SHOWN_CHARACTERS = 4000
 """Of a text; the rest is cut off, which is said."""
 
-NOT_SHOWN = {"ids", "is_sampled", "logprobs", "weights"}
+WITH_TOKENS = 2
+"""Rollouts, the last and the first, whose tokens are shown one by one with their log-probs."""
+
+OF_TOKENS = {"ids", "is_sampled", "logprobs"}
+NOT_SHOWN = {"weights"}
 
 
 @dataclass
@@ -40,8 +46,8 @@ class Samples:
     """[step, row, mean reward] of every group in all files."""
 
 
-def read_samples(folder: Path, *, budget: int) -> Samples:
-    """The samples of a run: all of them where they take at most ``budget`` bytes as JSON.
+def read_samples(folder: Path, *, budget: int, decode: Callable[[int], str] | None = None) -> Samples:
+    """The samples of a run, those of WITH_TOKENS rollouts with their tokens where ``decode`` makes texts of them: all of them where they take at most ``budget`` bytes as JSON.
 
     Otherwise whole rollouts are left out: the last one and the first are read before those in the middle between them, then
     the middles of what is left, so that what is shown is spread evenly over the run.
@@ -55,9 +61,11 @@ def read_samples(folder: Path, *, budget: int) -> Samples:
         samples.history += _history(light)
     samples.history.sort()
     rollouts = sorted(by_rollout)
-    for place in spread(len(rollouts)):
-        rows = [row for file in by_rollout[rollouts[place]] for row in _rows(file, rollouts[place])]
-        groups = as_groups(rows)
+    for number, place in enumerate(spread(len(rollouts))):
+        of_this = decode if number < WITH_TOKENS else None
+        hidden = NOT_SHOWN if of_this else NOT_SHOWN | OF_TOKENS
+        rows = [row for file in by_rollout[rollouts[place]] for row in _rows(file, rollouts[place], hidden)]
+        groups = as_groups(rows, of_this)
         budget -= len(json.dumps(groups))
         if budget < 0 and samples.groups:
             break
@@ -100,20 +108,29 @@ def _history(light: pa.Table) -> list[list[Any]]:
     return [[row["step"], row["row"], finite(row["reward_mean"])] for row in means.to_pylist()]
 
 
-def _rows(file: Path, rollout: int) -> list[Row]:
-    columns = [name for name in pq.read_schema(file).names if name not in NOT_SHOWN]
+def decoder_of(run_dir: Path) -> Callable[[int], str] | None:
+    """Makes a token's text of its id, by the tokenizer that the run has saved with its model or a checkpoint."""
+    saved = [run_dir / "tokenizer.json", *run_dir.glob("checkpoint-*/tokenizer.json")]
+    for file in filter(Path.is_file, saved):
+        tokenizer = Tokenizer.from_file(str(file))
+        return cache(lambda token: tokenizer.decode([token], skip_special_tokens=False))
+    return None
+
+
+def _rows(file: Path, rollout: int, hidden: set[str]) -> list[Row]:
+    columns = [name for name in pq.read_schema(file).names if name not in hidden]
     return pq.read_table(file, columns=columns, filters=[("rollout", "=", rollout)]).to_pylist()
 
 
-def as_groups(rows: Sequence[Row]) -> list[Group]:
+def as_groups(rows: Sequence[Row], decode: Callable[[int], str] | None = None) -> list[Group]:
     """A group for each prompt of a rollout, its completions by reward, the highest first."""
     by_group: dict[Any, list[Row]] = {}
     for row in rows:
         by_group.setdefault((row["rollout"], row["process"], row.get("group"), row["prompt"]), []).append(row)
-    return [_group(number, members) for number, members in enumerate(by_group.values())]
+    return [_group(number, members, decode) for number, members in enumerate(by_group.values())]
 
 
-def _group(number: int, rows: list[Row]) -> Group:
+def _group(number: int, rows: list[Row], decode: Callable[[int], str] | None) -> Group:
     first = rows[0]
     asked = asked_messages(first)
     return {
@@ -122,7 +139,9 @@ def _group(number: int, rows: list[Row]) -> Group:
         "row": first.get("row"),
         "prompt": _cut([("user", first["prompt"])] if asked is None else conversation(asked, [])),
         "columns": {name: _short(value) for name, value in json.loads(first.get("columns") or "{}").items()},
-        "items": [_item(row, asked) for row in sorted(rows, key=lambda row: -(finite(row["reward"]) or 0.0))],
+        "items": [
+            _item(row, asked) | _tokens(row, decode) for row in sorted(rows, key=lambda row: -(finite(row["reward"]) or 0.0))
+        ],
     }
 
 
@@ -152,6 +171,17 @@ def _item(row: Row, asked: list[Any] | None) -> dict[str, Any]:
         "cut_off": bool(row["truncated"]),
         "turns": len(turns),
     }
+
+
+def _tokens(row: Row, decode: Callable[[int], str] | None) -> dict[str, Any]:
+    """[text, log-prob when it was sampled] of each token; no log-prob for those that the model did not choose."""
+    ids = row.get("ids")
+    if decode is None or not ids:
+        return {}
+    chosen, logprobs = row.get("is_sampled") or [True] * len(ids), row.get("logprobs") or [None] * len(ids)
+    values = [finite(value) if mine else None for value, mine in zip(logprobs, chosen, strict=True)]
+    rounded = [None if value is None else round(value, 2) for value in values]
+    return {"tokens": [[decode(token), value] for token, value in zip(ids, rounded, strict=True)]}
 
 
 def conversation(messages: list[dict[str, Any]], turns: list[dict[str, Any]]) -> Said:

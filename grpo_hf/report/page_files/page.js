@@ -176,6 +176,17 @@ function filters(want) {
 const conversation = (said) => said.flatMap(([heading, text]) => [make("h4", {}, heading), make("div", { class: "text", dir: "auto" }, text)]);
 const facts = (pairs) => make("p", { class: "facts" }, ...Object.entries(pairs).map(([name, value]) => make("span", {}, `${name} `, make("b", {}, value))));
 
+const UNLIKELY = -5; // nats: a token at or below it is painted in full
+
+/** Each token in a colour that says how unlikely it was. */
+function tokenView(tokens) {
+  const spans = tokens.map(([text, logprob]) => {
+    const share = logprob === null ? 0 : Math.min(1, logprob / UNLIKELY);
+    return make("span", { style: `background: hsla(10 85% 55% / ${(0.85 * share).toFixed(2)})`, title: logprob === null ? "not sampled" : `log-prob ${logprob}` }, text);
+  });
+  return make("details", { class: "tokens" }, make("summary", {}, "tokens by log-prob"), make("div", { class: "text" }, ...spans));
+}
+
 function completionCard(item, open) {
   const first = item.said.length ? item.said[item.said.length - 1][1] : "";
   const tags = [...new Set(outcomesOf(item).filter((outcome) => outcome !== "scored"))].concat(item.cut_off ? ["cut off"] : []);
@@ -189,7 +200,8 @@ function completionCard(item, open) {
     make("span", {}, first.slice(0, 80)),
   ];
   return make("details", { open, class: "completion" }, make("summary", {}, ...head),
-    facts(Object.fromEntries(scores)), Object.keys(item.logged).length ? facts(item.logged) : null, ...conversation(item.said));
+    facts(Object.fromEntries(scores)), Object.keys(item.logged).length ? facts(item.logged) : null, ...conversation(item.said),
+    item.tokens ? tokenView(item.tokens) : null);
 }
 
 function groupCard(group, want) {
