@@ -47,10 +47,11 @@ class Samples:
 
 
 def read_samples(folder: Path, *, budget: int, decode: Callable[[int], str] | None = None) -> Samples:
-    """The samples of a run, those of WITH_TOKENS rollouts with their tokens where ``decode`` makes texts of them: all of them where they take at most ``budget`` bytes as JSON.
+    """The samples of a run: all of them where they take at most ``budget`` bytes as JSON.
 
     Otherwise whole rollouts are left out: the last one and the first are read before those in the middle between them, then
-    the middles of what is left, so that what is shown is spread evenly over the run.
+    the middles of what is left, so that what is shown is spread evenly over the run. The first WITH_TOKENS that are read have
+    their tokens too, where ``decode`` makes texts of them.
     """
     samples, files = Samples(), dict(_light(folder))
     by_rollout: dict[int, list[Path]] = {}
@@ -110,11 +111,11 @@ def _history(light: pa.Table) -> list[list[Any]]:
 
 def decoder_of(run_dir: Path) -> Callable[[int], str] | None:
     """Makes a token's text of its id, by the tokenizer that the run has saved with its model or a checkpoint."""
-    saved = [run_dir / "tokenizer.json", *run_dir.glob("checkpoint-*/tokenizer.json")]
-    for file in filter(Path.is_file, saved):
-        tokenizer = Tokenizer.from_file(str(file))
-        return cache(lambda token: tokenizer.decode([token], skip_special_tokens=False))
-    return None
+    saved = filter(Path.is_file, [run_dir / "tokenizer.json", *run_dir.glob("checkpoint-*/tokenizer.json")])
+    if (file := next(saved, None)) is None:
+        return None
+    tokenizer = Tokenizer.from_file(str(file))
+    return cache(lambda token: tokenizer.decode([token], skip_special_tokens=False))
 
 
 def _rows(file: Path, rollout: int, hidden: set[str]) -> list[Row]:
@@ -131,7 +132,7 @@ def as_groups(rows: Sequence[Row], decode: Callable[[int], str] | None = None) -
 
 
 def _group(number: int, rows: list[Row], decode: Callable[[int], str] | None) -> Group:
-    first = rows[0]
+    first, by_reward = rows[0], sorted(rows, key=lambda row: -(finite(row["reward"]) or 0.0))
     asked = asked_messages(first)
     return {
         "step": first["step"],
@@ -139,9 +140,7 @@ def _group(number: int, rows: list[Row], decode: Callable[[int], str] | None) ->
         "row": first.get("row"),
         "prompt": _cut([("user", first["prompt"])] if asked is None else conversation(asked, [])),
         "columns": {name: _short(value) for name, value in json.loads(first.get("columns") or "{}").items()},
-        "items": [
-            _item(row, asked) | _tokens(row, decode) for row in sorted(rows, key=lambda row: -(finite(row["reward"]) or 0.0))
-        ],
+        "items": [_item(row, asked) | _tokens(row, decode) for row in by_reward],
     }
 
 
