@@ -50,8 +50,8 @@ def read_samples(folder: Path, *, budget: int, decode: Callable[[int], str] | No
     """The samples of a run: all of them where they take at most ``budget`` bytes as JSON.
 
     Otherwise whole rollouts are left out: the last one and the first are read before those in the middle between them, then
-    the middles of what is left, so that what is shown is spread evenly over the run. The first WITH_TOKENS that are read have
-    their tokens too, where ``decode`` makes texts of them.
+    the middles of what is left, so that what is shown is spread evenly over the run. The first WITH_TOKENS that are read
+    have their tokens too, where ``decode`` makes texts of them.
     """
     samples, files = Samples(), dict(_light(folder))
     by_rollout: dict[int, list[Path]] = {}
