@@ -64,6 +64,11 @@ def panel(title: str, seconds: Mapping[str, float], top: int) -> Iterator[str]:
         yield f'<text x="{LABEL + length + 6:.0f}" y="{y + 13}">{value:.1f}</text>'
 
 
+def learning_of_smollm2() -> str:
+    """The run of `make demo-smollm2`."""
+    return learning_curve(json.loads((RESULTS / "smollm2.json").read_text())["smollm2_digits, seed 0"]["minutes and exact"])
+
+
 def learning_curve(points: list[list[float]]) -> str:
     """Held-out accuracy, 0 to 1, over the minutes of a run, from [minutes, accuracy] of each evaluation."""
     left, bottom, width, height = 50, 190, WIDTH - 80, 160
@@ -89,6 +94,5 @@ def learning_curve(points: list[list[float]]) -> str:
 
 if __name__ == "__main__":
     (FOLDER / "step.svg").write_text(picture())
-    learned = json.loads((RESULTS / "smollm2.json").read_text())
-    (FOLDER / "smollm2.svg").write_text(learning_curve(learned["smollm2_digits, seed 0"]["minutes and exact"]))
+    (FOLDER / "smollm2.svg").write_text(learning_of_smollm2())
     print(FOLDER / "step.svg", FOLDER / "smollm2.svg")

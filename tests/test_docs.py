@@ -14,7 +14,7 @@ import pytest
 from transformers import TrainerCallback
 
 from docs.pages import PAGES
-from docs.picture import picture
+from docs.picture import learning_of_smollm2, picture
 from grpo_hf import GRPOConfig, GRPOTrainer
 from grpo_hf.rewards import registry
 from tests.snippets import MODELS, ROOT, anchors_of, blocks_of, links_of, make_folder, run_block
@@ -102,6 +102,7 @@ def test_a_generated_page_says_what_the_code_says(name: str) -> None:
 
 def test_the_picture_shows_the_last_results() -> None:
     assert (ROOT / "docs" / "step.svg").read_text() == picture(), "run: make docs"
+    assert (ROOT / "docs" / "smollm2.svg").read_text() == learning_of_smollm2(), "run: make docs"
 
 
 def test_figures_are_those_of_the_last_results() -> None:
