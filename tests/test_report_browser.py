@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def test_nothing_but_not_a_number(tmp_path: Path) -> None:
 def test_it_is_written_again_while_the_run_goes_on(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     command = [sys.executable, "-m", "grpo_hf", "report", str(run), "--watch", "0.2"]
-    watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background inherit to ignore it
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
     try:
         assert watching.stdout is not None
         assert watching.stdout.readline().strip() == str(run / "report.html")
