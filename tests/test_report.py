@@ -167,7 +167,7 @@ def test_tokens_of_the_last_and_the_first_rollout(tmp_path):
     """By the tokenizer that the run has saved; a tool's tokens were not sampled."""
     tiny_tokenizer(["even", "odd"]).save_pretrained(tmp_path / "checkpoint-1")
     ids = tiny_tokenizer(["even", "odd"])("even odd even")["input_ids"]
-    tokens = {"ids": ids, "is_sampled": [True, False, True], "logprobs": [-0.123, 0.0, math.nan]}
+    tokens = {"ids": ids, "is_sampled": [True, False, True], "logprobs": [-0.123, math.nan]}
     write_rollouts(tmp_path, *[[row(0.5, "even odd even", rollout=i, **tokens)] for i in range(3)])
     decode = decoder_of(tmp_path)
     first, middle, last = read_samples(tmp_path / "rollouts", budget=10**6, decode=decode).groups

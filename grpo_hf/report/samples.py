@@ -177,8 +177,8 @@ def _tokens(row: Row, decode: Callable[[int], str] | None) -> dict[str, Any]:
     ids = row.get("ids")
     if decode is None or not ids:
         return {}
-    chosen, logprobs = row.get("is_sampled") or [True] * len(ids), row.get("logprobs") or [None] * len(ids)
-    values = [finite(value) if mine else None for value, mine in zip(logprobs, chosen, strict=True)]
+    chosen, logprobs = row.get("is_sampled") or [True] * len(ids), iter(row.get("logprobs") or [])  # of the chosen alone
+    values = [finite(next(logprobs, None)) if mine else None for mine in chosen]
     rounded = [None if value is None else round(value, 2) for value in values]
     return {"tokens": [[decode(token), value] for token, value in zip(ids, rounded, strict=True)]}
 
