@@ -109,6 +109,12 @@ def test_a_group_has_its_completions_by_reward(run_dir):
     }
 
 
+def test_what_has_no_reward_comes_last(tmp_path):
+    write_rollouts(tmp_path, [row(reward, str(reward)) for reward in (-2.0, math.nan, -1.0)])
+    (group,) = read_samples(tmp_path / "rollouts", budget=10**6).groups
+    assert [item["reward"] for item in group["items"]] == [-1.0, -2.0, None]
+
+
 def test_prompts_of_one_rollout_are_groups_of_their_own(tmp_path):
     rows = [
         row(float(i), f"{i} of {g}", group=g, columns=json.dumps({"numbers": [g]}), row=40 + g)

@@ -12,37 +12,15 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
+from grpo_hf.cli.report import main
 from grpo_hf.report import write_report
+from tests.written_run import write_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-
-
-def write_run(folder: Path, *, steps: int = 4) -> Path:
-    """Two prompts a step, with four completions each; the second prompt's all earn the same."""
-    (folder / "rollouts").mkdir(parents=True)
-    lines = [{"step": step, "reward": step / 10, "entropy": 1.0} for step in range(1, steps + 1)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for step in range(1, steps + 1):
-        rows: list[dict[str, Any]] = []
-        for prompt in (0, 1):
-            for sample in range(4):
-                reward = sample / 4 if prompt == 0 else 0.5
-                rows.append(
-                    {"step": step, "rollout": step - 1, "process": 0, "row": prompt, "group": prompt}
-                    | {"prompt": f"prompt <{prompt}>", "columns": json.dumps({"gold": f"g{prompt}"})}
-                    | {"completion": f"answer {sample} of step {step}", "length": 5 + sample, "truncated": sample == 3}
-                    | {"rewards/right": reward, "reward": reward, "advantage": 0.0}
-                    | {"outcomes/right": "no_answer" if sample == 0 and prompt == 0 else "scored"}
-                )
-        pq.write_table(pa.Table.from_pylist(rows), folder / "rollouts" / f"{step}.parquet")
-    return folder
 
 
 def seen(page: Path, choice: str = "") -> str:
@@ -106,12 +84,16 @@ def test_nothing_but_not_a_number(tmp_path: Path) -> None:
 
 
 def test_it_is_written_again_while_the_run_goes_on(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
+    """It waits for the first line, and after Ctrl-C the page stays as it is."""
+    run = tmp_path / "run"
     command = [sys.executable, "-m", "grpo_hf", "report", str(run), "--watch", "0.2"]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background inherit to ignore it
     watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
     try:
         assert watching.stdout is not None
+        time.sleep(1)
+        assert watching.poll() is None
+        write_run(run)
         assert watching.stdout.readline().strip() == str(run / "report.html")
         assert '<meta http-equiv="refresh" content="0.2">' in (run / "report.html").read_text()
         with (run / "metrics.jsonl").open("a") as file:
@@ -129,8 +111,6 @@ def test_it_is_written_again_while_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_watch_of_no_seconds_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from grpo_hf.cli.report import main
-
     with pytest.raises(SystemExit):
         main([str(tmp_path), "--watch", "0"])
     assert "--watch 0 must be above 0 seconds" in capsys.readouterr().err

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from textual.widgets import DataTable, Static
 
 from grpo_hf.cli.rollouts import main
-from grpo_hf.report.browser import Browser
-from tests.test_report_browser import write_run
+from grpo_hf.report.browser import Browser, in_order, tags_of
+from tests.written_run import write_run
 
 
 def column(app: Browser, name: int) -> list[str]:
@@ -53,3 +54,14 @@ def test_browse_sort_and_search(tmp_path: Path) -> None:
 def test_a_run_without_samples_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no samples"):
         main([str(tmp_path)])
+
+
+def test_groups_without_a_reward_come_last() -> None:
+    def group(*rewards: float | None) -> dict[str, Any]:
+        items = [{"reward": reward, "length": 3, "cut_off": False, "scores": {}} for reward in rewards]
+        return {"step": 1, "items": items}
+
+    groups = [group(None, None), group(-1.0, -2.0), group(0.5, None)]
+    assert in_order(groups, "best") == [groups[2], groups[1], groups[0]]
+    assert in_order(groups, "worst") == [groups[1], groups[2], groups[0]]
+    assert [tags_of(item) for item in groups] == [["no signal"], [], ["no signal"]]

@@ -25,19 +25,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.watch is not None and not args.watch > 0:
         parser.error(f"--watch {args.watch:g} must be above 0 seconds")
-    print(write_report(*args.run_folder, refresh=args.watch), flush=True)
-    try:
-        seen = changed_at(args.run_folder)
-        while args.watch:
-            time.sleep(args.watch)
-            if (now := changed_at(args.run_folder)) != seen:
-                seen = now
-                write_report(*args.run_folder, refresh=args.watch)
-    except KeyboardInterrupt:
-        write_report(*args.run_folder)  # which is read no more
+    if args.watch is None:
+        print(write_report(*args.run_folder))
+    else:
+        watch(args.run_folder, args.watch)
     return 0
 
 
-def changed_at(folders: Sequence[Path]) -> list[float]:
-    """When the record of each was written to."""
-    return [(folder / "metrics.jsonl").stat().st_mtime for folder in folders]
+def watch(folders: Sequence[Path], seconds: float) -> None:
+    """Write the page whenever a run has logged more, until Ctrl-C; before its first line, and while it is moved, wait."""
+    seen: list[int] | None = None
+    try:
+        while True:
+            if all(now := sizes(folders)) and now != seen:
+                page = write_report(*folders, refresh=seconds)
+                if seen is None:
+                    print(page, flush=True)
+                seen = now
+            time.sleep(seconds)
+    except KeyboardInterrupt:
+        if seen is not None:
+            write_report(*folders)  # for the last time: no browser need read it again
+
+
+def sizes(folders: Sequence[Path]) -> list[int]:
+    """Bytes of each run's log so far; 0 where there is none."""
+    logs = [folder / "metrics.jsonl" for folder in folders]
+    return [log.stat().st_size if log.exists() else 0 for log in logs]

@@ -11,7 +11,7 @@ from textual.app import App, ComposeResult
 from textual.containers import Horizontal, VerticalScroll
 from textual.widgets import DataTable, Footer, Input, Static
 
-from grpo_hf.report.samples import Group, read_samples
+from grpo_hf.report.samples import Group, Said, read_samples
 
 BYTES = 100_000_000
 """Of samples at most, as JSON; of more, rollouts evenly spread over the run."""
@@ -21,17 +21,22 @@ ORDERS = {"newest": ("step", True), "oldest": ("step", False), "best": ("mean", 
 """What s goes through: a number of a group, and whether the highest comes first."""
 
 
-def numbers_of(group: Group) -> dict[str, float]:
-    """The group in numbers; of completions without a reward there is none."""
-    rewards = [item["reward"] for item in group["items"] if item["reward"] is not None] or [0.0]
-    lengths = [item["length"] for item in group["items"]]
-    return {
-        "step": group["step"],
-        "mean": fmean(rewards),
-        "lowest": min(rewards),
-        "highest": max(rewards),
-        "tokens": fmean(lengths),
-    }
+def numbers_of(group: Group) -> dict[str, float | None]:
+    """The group in numbers; there is no reward where no completion has one."""
+    rewards = [item["reward"] for item in group["items"] if item["reward"] is not None]
+    mean, lowest, highest = (fmean(rewards), min(rewards), max(rewards)) if rewards else (None, None, None)
+    tokens = fmean(item["length"] for item in group["items"])
+    return {"step": group["step"], "mean": mean, "lowest": lowest, "highest": highest, "tokens": tokens}
+
+
+def in_order(groups: list[Group], order: str) -> list[Group]:
+    """Those without such a number last."""
+    name, highest_first = ORDERS[order]
+    numbers = [numbers_of(group)[name] for group in groups]
+    known = [(value, place) for place, value in enumerate(numbers) if value is not None]
+    known.sort(key=lambda item: item[0], reverse=highest_first)
+    places = [place for _, place in known] + [place for place, value in enumerate(numbers) if value is None]
+    return [groups[place] for place in places]
 
 
 def tags_of(group: Group) -> list[str]:
@@ -43,35 +48,36 @@ def tags_of(group: Group) -> list[str]:
     return flat + cut + sorted(outcome.replace("_", " ") for outcome in outcomes)
 
 
-def is_found(group: Group, text: str) -> bool:
+def is_found(group: Group, wanted: str) -> bool:
     """Whether a prompt, a completion, a column or a tag has this text, whatever the case."""
-    said = [part for item in group["items"] for part in item["said"]]
-    everything = [text for _, text in [*group["prompt"], *said]] + [*group["columns"].values(), *tags_of(group)]
-    return text.lower() in "\n".join(everything).lower()
+    said = [*group["prompt"], *(part for item in group["items"] for part in item["said"])]
+    texts = [text for _, text in said] + [*group["columns"].values(), *tags_of(group)]
+    return wanted.lower() in "\n".join(texts).lower()
 
 
 def as_text(group: Group) -> Text:
     """The group as one reads it: prompt, columns, and each completion with what it was worth."""
     text = Text()
-    for heading, said in group["prompt"]:
-        text.append(f"{heading}\n", "bold").append(f"{said}\n")
-    for name, value in group["columns"].items():
-        text.append(f"{name}: {value}\n", "dim")
+    _add(text, group["prompt"], group["columns"])
     for item in group["items"]:
         scores = ", ".join(f"{name} {number(value)} {outcome}" for name, (value, outcome) in item["scores"].items())
         cut = ", cut off" if item["cut_off"] else ""
         text.append(f"\nreward {number(item['reward'])}, advantage {number(item['advantage'])}", "bold green")
         text.append(f" ({scores}; {item['length']} tokens{cut})\n", "green")
-        for heading, said in item["said"]:
-            text.append(f"{heading}\n", "bold").append(f"{said}\n")
-        for name, value in item["logged"].items():
-            text.append(f"{name}: {value}\n", "dim")
+        _add(text, item["said"], item["logged"])
     return text
 
 
+def _add(text: Text, said: Said, beside: dict[str, str]) -> None:
+    for heading, words in said:
+        text.append(f"{heading}\n", "bold").append(f"{words}\n")
+    for name, value in beside.items():
+        text.append(f"{name}: {value}\n", "dim")
+
+
 def number(value: float | None) -> str:
-    """Three digits, or n/a."""
-    return "n/a" if value is None else f"{value:.3g}"
+    """Four digits, or n/a."""
+    return "n/a" if value is None else f"{value:.4g}"
 
 
 class Browser(App[None]):
@@ -110,14 +116,12 @@ class Browser(App[None]):
 
     def fill(self) -> None:
         """The table, of the groups that are found, in their order."""
-        key, highest_first = ORDERS[self.order]
-        found = [group for group in self.groups if is_found(group, self.wanted)]
-        self.shown = sorted(found, key=lambda group: numbers_of(group)[key], reverse=highest_first)
+        self.shown = in_order([group for group in self.groups if is_found(group, self.wanted)], self.order)
         table = self.query_one(DataTable)
         table.clear()
         for group in self.shown:
             row = "" if group["row"] is None else str(group["row"])
-            step, *numbers = (f"{value:.4g}" for value in numbers_of(group).values())
+            step, *numbers = map(number, numbers_of(group).values())
             table.add_row(step, row, *numbers, ", ".join(tags_of(group)))
         self.sub_title = f"{len(self.shown)} of {len(self.groups)} groups, {self.order}"
         self.query_one(Static).update(as_text(self.shown[0]) if self.shown else "nothing is found")

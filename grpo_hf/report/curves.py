@@ -20,6 +20,8 @@ Metrics = list[dict[str, Any]]
 PALETTE = ("#3b82c4", "#e08214", "#2a9d6f", "#c8499b", "#8570d6", "#cf4a3c", "#17a2b8", "#8f9499")
 DASHES = ("-", "--", ":", "-.")
 PAPER, INK, RULE = "#ffffff", "#24292f", "#d8dee4"
+FEW = 20
+"""Points of a curve below which they are joined, and no running mean is drawn."""
 # The stack of times from the bottom; a part that is not named here goes on top.
 TIME_PARTS = ("generate", "score", "logprobs", "forward_backward", "optimizer", "other")
 # Metrics that share a panel: title -> {key: label}. Their held-out twins are drawn beside them.
@@ -44,20 +46,8 @@ SHARED = {
 }
 OUTCOMES_TITLE = "Verifier calls without a score (share)"
 TOOLS_TITLE = "Tool calls by how they ended (share)"
-# Eval keys without a plot of their own: cost, spread and diagnostics.
-NO_PLOT_ENDS = (
-    "/mean",
-    "_std",
-    "/std",
-    "_low",
-    "_high",
-    "eval_loss",
-    "runtime",
-    "_per_second",
-    "_time",
-    "epoch",
-    "num_tokens",
-)
+# Eval keys without a plot of their own: cost, spread, intervals and diagnostics.
+NO_PLOT_ENDS = (*"/mean _std /std _low _high eval_loss runtime _per_second _time epoch num_tokens".split(),)
 NO_PLOT_STARTS = ("eval_completions/", "eval_clip_ratio/", "eval_sampling/", "eval_time/", "eval_tokens")
 
 
@@ -152,18 +142,17 @@ def run_panels(metrics: Metrics) -> list[Panel]:
         curves = {label: curve(metrics, key) for key, label in labels.items()}
         twins = {f"held-out {label}": curve(metrics, f"eval_{key}") for key, label in labels.items()}
         panels.append(Panel(title, {label: c for label, c in (curves | twins).items() if c.values}))
-    outcomes = _outcome_curves(metrics)
-    of_tools = {label: c for label, c in outcomes.items() if "tools/" in label}
-    panels.append(Panel(OUTCOMES_TITLE, {label: c for label, c in outcomes.items() if label not in of_tools}))
-    panels.append(Panel(TOOLS_TITLE, {label.replace("tools/", ""): c for label, c in of_tools.items()}))
+    panels.append(Panel(OUTCOMES_TITLE, _outcome_curves(metrics, "rewards/")))
+    panels.append(Panel(TOOLS_TITLE, _outcome_curves(metrics, "tools/")))
     panels.append(Panel("Where the time of a step went (seconds)", _time_curves(metrics), stacked=True))
     return [panel for panel in panels if any(c.values for c in panel.curves.values())]
 
 
-def _outcome_curves(metrics: Metrics) -> dict[str, Curve]:
-    """Shares of calls that ended without a score, by verifier and outcome, where there were any."""
-    found = {key: curve(metrics, key) for key in sorted({key for line in metrics for key in line}) if "/outcomes/" in key}
-    return {metric_name(key).replace("/outcomes/", ": "): c for key, c in found.items() if any(c.values)}
+def _outcome_curves(metrics: Metrics, of: str) -> dict[str, Curve]:
+    """Shares of calls by who was called, a verifier or a tool, and how the call ended, where there were any."""
+    logged = sorted({key for line in metrics for key in line if "/outcomes/" in key})
+    found = {key: curve(metrics, key) for key in logged if key.removeprefix("eval_").startswith(of)}
+    return {metric_name(key).removeprefix(of).replace("/outcomes/", ": "): c for key, c in found.items() if any(c.values)}
 
 
 def _time_curves(metrics: Metrics) -> dict[str, Curve]:
@@ -230,7 +219,7 @@ def draw_panel(figure: FigureBase, panel: Panel) -> None:
 
 
 def _draw_curve(axes: Axes, label: str, c: Curve, color: str) -> None:
-    if len(c.steps) < 20:
+    if len(c.steps) < FEW:
         axes.plot(c.steps, c.values, color=color, marker="o", markersize=3.5, linewidth=1.4, label=_plain(label))
         return
     axes.plot(c.steps, c.values, color=color, marker=".", markersize=3, linestyle="", alpha=0.35)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_hf.report.curves import (
+    FEW,
     OUTCOMES_TITLE,
     PALETTE,
     SHARED,
@@ -30,9 +31,6 @@ from grpo_hf.report.samples import Samples, decoder_of, finite, read_samples
 
 BYTES_OF_SAMPLES = 15_000_000
 """At most, over all runs of a page; what is more is thinned."""
-
-FEW = 20
-"""Points of a curve below which they are joined, and no running mean is drawn."""
 
 
 @dataclass
@@ -134,7 +132,8 @@ def _merged(title: str, panels: Sequence[list[Panel]], names: Sequence[str]) -> 
         values = {"values": [_rounded(raw.get(x)) for x in steps], "mean": [_rounded(mean.get(x)) for x in steps]}
         series.append({"label": label, "color": PALETTE[number % len(PALETTE)]} | values)
     from_zero = stacked or title in {*SHARED, OUTCOMES_TITLE, TOOLS_TITLE}
-    return {"title": title, "steps": steps, "series": series, "stacked": stacked, "from_zero": from_zero}
+    how = {"stacked": stacked, "from_zero": from_zero, "few": len(steps) < FEW}
+    return {"title": title, "steps": steps, "series": series} | how
 
 
 def _rounded(value: float | None) -> float | None:

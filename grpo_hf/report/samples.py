@@ -43,7 +43,7 @@ class Samples:
     groups: list[Group] = field(default_factory=list)
     """Those that are shown, in the order of their steps."""
     history: list[list[Any]] = field(default_factory=list)
-    """[step, row, mean reward] of every group in all files."""
+    """[step, row of the data set, mean reward] of every prompt that was sampled, in all files."""
 
 
 def read_samples(folder: Path, *, budget: int, decode: Callable[[int], str] | None = None) -> Samples:
@@ -132,7 +132,7 @@ def as_groups(rows: Sequence[Row], decode: Callable[[int], str] | None = None) -
 
 
 def _group(number: int, rows: list[Row], decode: Callable[[int], str] | None) -> Group:
-    first, by_reward = rows[0], sorted(rows, key=lambda row: -(finite(row["reward"]) or 0.0))
+    first, by_reward = rows[0], sorted(rows, key=lambda row: _worth(row["reward"]), reverse=True)
     asked = asked_messages(first)
     return {
         "step": first["step"],
@@ -221,6 +221,11 @@ def _cut_text(text: str) -> str:
 
 def _short(value: Any) -> str:
     return str(value)[:200]
+
+
+def _worth(reward: float | None) -> float:
+    """A place among rewards: what has none comes last."""
+    return -math.inf if finite(reward) is None else float(reward or 0.0)
 
 
 def finite(value: float | None) -> float | None:

@@ -20,12 +20,20 @@ function make(tag, attributes = {}, ...children) {
 
 const number = (value, digits = 3) => (value === null || value === undefined ? MISSING : value.toFixed(digits));
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : null);
+/** The least and the most of many, without those that are null. */
+function extent(values) {
+  const known = values.filter((value) => value !== null);
+  return [known.reduce((a, b) => Math.min(a, b), Infinity), known.reduce((a, b) => Math.max(a, b), -Infinity)];
+}
+
 const rewardsOf = (group) => group.items.map((item) => item.reward).filter((reward) => reward !== null);
 const outcomesOf = (item) => Object.values(item.scores).map(([, outcome]) => outcome);
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 // ---- Curves
 
+const HEIGHT = 230; // of a plot, in pixels
+const FROM_ZERO = { range: (_, __, high) => [0, 1.05 * high || 1] };
 let plots = [];
 
 function drawCurves(box) {
@@ -38,7 +46,6 @@ function drawPanel(panel, box) {
   const frame = make("div", { class: "plot" });
   box.append(frame);
   const axis = { stroke: color("--ink"), grid: { stroke: color("--rule"), width: 1 }, ticks: { stroke: color("--rule") } };
-  const few = panel.steps.length < 20;
   const series = [{ label: "step" }];
   const values = [panel.steps];
   let below = panel.steps.map(() => 0);
@@ -52,23 +59,23 @@ function drawPanel(panel, box) {
     const shown = (_, __, ___, i) => (i === null ? "" : number(curve.values[i], 4));
     series.push({
       label: curve.label, stroke: curve.color, width: 2, spanGaps: true, value: shown,
-      fill: panel.stacked ? curve.color : undefined, points: { show: few },
+      fill: panel.stacked ? curve.color : undefined, points: { show: panel.few },
     });
     values.push(heights);
   }
-  if (!panel.stacked && !few) { // a faint point for each step
+  if (!panel.stacked && !panel.few) { // a faint point for each step
     for (const curve of panel.series) {
-      series.push({ label: "", stroke: curve.color + "66", paths: () => null, points: { show: true, size: 3 }, legend: false });
+      series.push({ label: "", stroke: curve.color + "66", paths: () => null, points: { show: true, size: 3 } });
       values.push(curve.values);
     }
   }
   const options = {
-    title: panel.title, width: frame.clientWidth, height: 230, series, axes: [axis, { ...axis, size: 60 }],
-    scales: { x: { time: false }, ...(panel.from_zero ? { y: { range: (_, __, high) => [0, 1.05 * high || 1] } } : {}) }, cursor: { sync: { key: "steps" } }, legend: { live: true },
+    title: panel.title, width: frame.clientWidth, height: HEIGHT, series, axes: [axis, { ...axis, size: 60 }],
+    scales: { x: { time: false }, ...(panel.from_zero ? { y: FROM_ZERO } : {}) }, cursor: { sync: { key: "steps" } },
   };
   const plot = new uPlot(options, values, frame);
   const entries = frame.querySelectorAll(".u-series");
-  for (let i = layers.length + 1; i < entries.length; i++) entries[i].style.display = "none";
+  for (const entry of [...entries].slice(layers.length + 1)) entry.style.display = "none"; // the points' own
   return plot;
 }
 
@@ -79,8 +86,7 @@ function drawMap(canvas, history) {
   const steps = [...new Set(history.map(([step]) => step))].sort((a, b) => a - b);
   const place = new Map(rows.map((row, i) => [row, i]));
   const column = new Map(steps.map((step, i) => [step, i]));
-  const rewards = history.map(([, , reward]) => reward).filter((reward) => reward !== null);
-  const low = Math.min(...rewards), high = Math.max(...rewards);
+  const [low, high] = extent(history.map(([, , reward]) => reward));
   canvas.width = Math.max(steps.length, 1);
   canvas.height = Math.min(rows.length, 400);
   const context = canvas.getContext("2d");
@@ -100,9 +106,8 @@ function drawMap(canvas, history) {
 function drawLengths(canvas, groups) {
   const points = groups.flatMap((group) => group.items.map((item) => [item.length, item.reward, group.step]));
   const kept = points.filter(([, reward]) => reward !== null);
-  const most = (i) => kept.reduce((a, point) => Math.max(a, point[i]), -Infinity);
-  const least = (i) => kept.reduce((a, point) => Math.min(a, point[i]), Infinity);
-  const spans = [0, 1, 2].map((i) => [least(i), most(i)]);
+  if (!kept.length) return "no completion here has a reward";
+  const spans = [0, 1, 2].map((i) => extent(kept.map((point) => point[i])));
   const share = (value, i) => (spans[i][1] > spans[i][0] ? (value - spans[i][0]) / (spans[i][1] - spans[i][0]) : 0.5);
   canvas.width = 600;
   canvas.height = 200;
@@ -111,7 +116,8 @@ function drawLengths(canvas, groups) {
     context.fillStyle = `hsla(${220 - 190 * share(step, 2)} 70% 50% / .5)`;
     context.fillRect(5 + 588 * share(length, 0), 195 - 188 * share(reward, 1), 3, 3);
   }
-  return `across: ${spans[0].join(" to ")} tokens; up: reward ${spans[1].map((x) => number(x)).join(" to ")}; blue is early, red late`;
+  const [tokens, rewards] = [spans[0], spans[1].map((reward) => number(reward))].map((span) => span.join(" to "));
+  return `across: ${tokens} tokens; up: reward ${rewards}; blue is early, red late`;
 }
 
 // ---- What is chosen
@@ -140,7 +146,7 @@ function isWanted(item, group, want) {
   return true;
 }
 
-const spreadOf = (group) => Math.max(...rewardsOf(group)) - Math.min(...rewardsOf(group)) || 0;
+const spreadOf = (group) => extent(rewardsOf(group)).reduce((low, high) => high - low);
 const ORDERS = {
   newest: (a, b) => b.step - a.step,
   oldest: (a, b) => a.step - b.step,
@@ -167,14 +173,17 @@ function filters(want) {
     field("row", "prompt (row)", typed("row", "number")),
     field("low", "reward at least", typed("low", "number", { step: "any" })),
     field("high", "at most", typed("high", "number", { step: "any" })),
-    field("outcome", "outcome", picked("outcome", any.concat(outcomes.map((name) => [name, name.replaceAll("_", " ")])))),
+    field("outcome", "outcome", picked("outcome", any.concat(outcomes.map((name) => [name, plain(name)])))),
     field("cut", "cut off", picked("cut", any.concat([["true", "yes"], ["false", "no"]]))),
     field("sort", "order", picked("sort", Object.keys(ORDERS).map((name, i) => [i ? name : "", name]))),
     make("button", { type: "button", onclick: () => { location.hash = ""; } }, "clear"));
 }
 
-const conversation = (said) => said.flatMap(([heading, text]) => [make("h4", {}, heading), make("div", { class: "text", dir: "auto" }, text)]);
-const facts = (pairs) => make("p", { class: "facts" }, ...Object.entries(pairs).map(([name, value]) => make("span", {}, `${name} `, make("b", {}, value))));
+const message = ([heading, text]) => [make("h4", {}, heading), make("div", { class: "text", dir: "auto" }, text)];
+const conversation = (said) => said.flatMap(message);
+const fact = ([name, value]) => make("span", {}, `${name} `, make("b", {}, value));
+const facts = (pairs) => make("p", { class: "facts" }, ...Object.entries(pairs).map(fact));
+const plain = (outcome) => outcome.replaceAll("_", " ");
 
 const UNLIKELY = -5; // nats: a token at or below it is painted in full
 
@@ -182,7 +191,8 @@ const UNLIKELY = -5; // nats: a token at or below it is painted in full
 function tokenView(tokens) {
   const spans = tokens.map(([text, logprob]) => {
     const share = logprob === null ? 0 : Math.min(1, logprob / UNLIKELY);
-    return make("span", { style: `background: hsla(10 85% 55% / ${(0.85 * share).toFixed(2)})`, title: logprob === null ? "not sampled" : `log-prob ${logprob}` }, text);
+    const title = logprob === null ? "no log-prob" : `log-prob ${logprob}`;
+    return make("span", { title, style: `background: hsla(10 85% 55% / ${(0.85 * share).toFixed(2)})` }, text);
   });
   return make("details", { class: "tokens" }, make("summary", {}, "tokens by log-prob"), make("div", { class: "text" }, ...spans));
 }
@@ -191,12 +201,12 @@ function completionCard(item, open) {
   const first = item.said.length ? item.said[item.said.length - 1][1] : "";
   const tags = [...new Set(outcomesOf(item).filter((outcome) => outcome !== "scored"))].concat(item.cut_off ? ["cut off"] : []);
   const scores = Object.entries(item.scores).map(([name, [value, outcome]]) =>
-    [name, number(value) + (outcome === "scored" ? "" : `, ${outcome.replaceAll("_", " ")}`)]);
+    [name, number(value) + (outcome === "scored" ? "" : `, ${plain(outcome)}`)]);
   const head = [
     make("span", {}, "reward ", make("b", {}, number(item.reward))),
     make("span", {}, "advantage ", make("b", {}, number(item.advantage, 2))),
     make("span", {}, `${item.length} tokens${item.turns ? `, ${item.turns} turns` : ""}`),
-    ...tags.map((tag) => make("span", { class: "tag" }, tag.replaceAll("_", " "))),
+    ...tags.map((tag) => make("span", { class: "tag" }, plain(tag))),
     make("span", {}, first.slice(0, 80)),
   ];
   return make("details", { open, class: "completion" }, make("summary", {}, ...head),
@@ -226,13 +236,15 @@ function signalTable(groups) {
     const given = items.map((item) => item.scores[name]).filter(Boolean);
     const counts = {};
     for (const [, outcome] of given) counts[outcome] = (counts[outcome] || 0) + 1;
-    const shares = Object.entries(counts).sort((a, b) => b[1] - a[1]).map(([outcome, count]) => `${outcome.replaceAll("_", " ")} ${((100 * count) / given.length).toFixed(1)} %`);
-    return make("tr", {}, make("td", {}, name), make("td", {}, number(mean(given.map(([value]) => value).filter((x) => x !== null)))), make("td", {}, shares.join(", ")));
+    const share = ([outcome, count]) => `${plain(outcome)} ${((100 * count) / given.length).toFixed(1)} %`;
+    const shares = Object.entries(counts).sort((a, b) => b[1] - a[1]).map(share);
+    const score = mean(given.map(([value]) => value).filter((value) => value !== null));
+    return make("tr", {}, ...[name, number(score), shares.join(", ")].map((text) => make("td", {}, text)));
   });
   const cut = items.filter((item) => item.cut_off).length;
   return [
-    make("p", { class: "note" }, `${flat.length} of ${groups.length} groups have no signal: in ${solved} of them all completions earned the most, `
-      + `in ${flat.length - solved} all earned the same and less. ${cut} of ${items.length} completions are cut off.`),
+    make("p", { class: "note" }, `${flat.length} of ${groups.length} groups have no signal: in ${solved} of them all completions `
+      + `earned the most, in ${flat.length - solved} all earned the same and less. ${cut} of ${items.length} completions are cut off.`),
     make("table", {}, make("tr", {}, ...["verifier", "mean score", "calls that ended as"].map((text) => make("th", {}, text))), ...rows),
   ];
 }
@@ -244,15 +256,17 @@ function showSamples(box) {
   const pages = Math.max(1, Math.ceil(found.length / GROUPS_ON_A_PAGE));
   const page = Math.min(pages, Math.max(1, Number(want.page) || 1));
   const shown = data.groups.reduce((sum, group) => sum + group.items.length, 0);
-  const thinned = shown < data.completions ? ` The page holds ${shown} of ${data.completions} completions: rollouts evenly spread over the run.` : "";
-  const turn = (to, label) => make("button", { type: "button", disabled: to < 1 || to > pages, onclick: () => choose({ page: to }) }, label);
+  const held = ` The page holds ${shown} of ${data.completions} completions: rollouts evenly spread over the run.`;
+  const turn = (to, label) =>
+    make("button", { type: "button", disabled: to < 1 || to > pages, onclick: () => choose({ page: to }) }, label);
   const lengths = make("canvas", { class: "map" });
   const note = make("p", { class: "note" });
   box.replaceChildren(
     make("h2", {}, "Samples"), filters(want),
-    make("p", { class: "note", id: "found" }, `${found.length} of ${data.groups.length} groups.${thinned}`),
+    make("p", { class: "note", id: "found" }, `${found.length} of ${data.groups.length} groups.${shown < data.completions ? held : ""}`),
     make("details", {}, make("summary", {}, "why is there no signal?"), ...signalTable(found)),
-    make("details", { ontoggle: () => { note.textContent = drawLengths(lengths, found); } }, make("summary", {}, "length against reward"), note, lengths),
+    make("details", { ontoggle: () => { note.textContent = drawLengths(lengths, found); } },
+      make("summary", {}, "length against reward"), note, lengths),
     ...found.slice((page - 1) * GROUPS_ON_A_PAGE, page * GROUPS_ON_A_PAGE).map((group) => groupCard(group, want)),
     make("p", {}, turn(page - 1, "back"), ` page ${page} of ${pages} `, turn(page + 1, "on")));
 }
@@ -262,17 +276,20 @@ function showSamples(box) {
 const curves = make("div", { class: "curves" });
 main.append(make("h2", {}, "Curves"));
 if (data.panels.length) {
-  main.append(make("p", { class: "note" }, "Drag to zoom, double-click to zoom out, click a label to hide its curve. A faint point is one step, a line their running mean."), curves);
+  const how = "Drag to zoom, double-click to zoom out, click a label to hide its curve. A faint point is one step, a line their running mean.";
+  main.append(make("p", { class: "note" }, how), curves);
   drawCurves(curves);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawCurves(curves));
-  addEventListener("resize", () => plots.forEach((plot) => plot.setSize({ width: plot.root.parentElement.clientWidth, height: 230 })));
+  const fit = (plot) => plot.setSize({ width: plot.root.parentElement.clientWidth, height: HEIGHT });
+  addEventListener("resize", () => plots.forEach(fit));
 } else main.append(make("p", {}, "No metric with a finite value was logged."));
 
 data.history.forEach((history, i) => {
   if (new Set(history.map(([, row]) => row)).size === history.length) return; // no prompt came twice
   const canvas = make("canvas", { class: "map", style: "image-rendering: pixelated; height: 14rem" });
   const of = data.runs.length > 1 ? ` of ${data.runs[i]}` : "";
-  main.append(make("h2", {}, `Prompts${of} over steps`), make("p", { class: "note" }, "A line is a prompt, across are the steps; green is the highest mean reward, red the lowest. Click one to see its samples."), canvas);
+  const how = "A line is a prompt, across are the steps; green is the highest mean reward, red the lowest. Click one to see its samples.";
+  main.append(make("h2", {}, `Prompts${of} over steps`), make("p", { class: "note" }, how), canvas);
   drawMap(canvas, history);
 });
 
