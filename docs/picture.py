@@ -66,10 +66,11 @@ def panel(title: str, seconds: Mapping[str, float], top: int) -> Iterator[str]:
 
 def learning_of_smollm2() -> str:
     """The run of `make demo-smollm2`."""
-    return learning_curve(json.loads((RESULTS / "smollm2.json").read_text())["smollm2_digits, seed 0"]["minutes and exact"])
+    learned = json.loads((RESULTS / "learned.json").read_text())["smollm2_digits"]
+    return learning_curve(list(zip(learned["minutes"], learned["values"], strict=True)))
 
 
-def learning_curve(points: list[list[float]]) -> str:
+def learning_curve(points: list[tuple[float, float]]) -> str:
     """Held-out accuracy, 0 to 1, over the minutes of a run, from [minutes, accuracy] of each evaluation."""
     left, bottom, width, height = 50, 190, WIDTH - 80, 160
     longest = max(minutes for minutes, _ in points)
