@@ -58,18 +58,13 @@ def anything(game: GuessNumber, generator: random.Random) -> int:
     return generator.randint(1, HIGHEST)
 
 
-def possible(game: GuessNumber, generator: random.Random) -> int:
-    """What it can still be."""
-    return generator.randint(game.low, game.high)
-
-
 def middle(game: GuessNumber, generator: random.Random) -> int:
     """What leaves as little as possible, whichever way it goes."""
     return (game.low + game.high) // 2
 
 
-PLAYERS = {anything: 4, possible: 1, middle: 1}
-"""Ways of guessing and how common they are; the last one always wins."""
+PLAYERS = {anything: 3, middle: 1}
+"""Ways of guessing and how common they are; the second always wins."""
 
 
 def demonstrations(count: int, generator: random.Random) -> tuple[list[list[dict[str, Any]]], list[Any]]:

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    get_linear_schedule_with_warmup,
+)
 
 from grpo_hf.rewards.loading import choose
 
@@ -84,9 +90,10 @@ def make_model(
 
 
 def make_tokenizer(conversations: list[list[dict[str, Any]]], tools: list[Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of what stands between digits, marks and roles: a call's JSON is one token up to its numbers."""
+    """Byte-level BPE of what stands between digits, marks and roles: a call's JSON is one token up to its numbers, and two
+    digits are one too."""
     empty = Tokenizer(models.BPE())
-    parts = pre_tokenizers.Split(Regex(r"\d|<[^<>\s]+>|(system|user|assistant|tool)\n"), behavior="isolated")
+    parts = pre_tokenizers.Split(Regex(r"\d{1,2}|<[^<>\s]+>|(system|user|assistant|tool)\n"), behavior="isolated")
     empty.pre_tokenizer = pre_tokenizers.Sequence([parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     empty.decoder = decoders.ByteLevel()
     base = PreTrainedTokenizerFast(
@@ -104,14 +111,15 @@ def warm_up(
     model: PreTrainedModel, ids: torch.Tensor, spoken: torch.Tensor, *, steps: int, generator: random.Random, batch: int = 32
 ) -> None:
     """Supervised steps on what the assistant says in random conversations [conversations time]."""
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     for _ in range(steps):
         rows = generator.sample(range(len(ids)), batch)
-        targets = ids[rows].masked_fill(~spoken[rows], -100)
-        logits = model(input_ids=ids[rows]).logits[:, :-1]
+        longest = int(spoken[rows].nonzero()[:, 1].max()) + 1  # after which there is padding alone
+        tokens, trained = ids[rows, :longest], spoken[rows, 1:longest]
+        hidden = model.base_model(input_ids=tokens).last_hidden_state[:, :-1][trained]
         optimizer.zero_grad()
-        cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten()).backward()
+        cross_entropy(model.get_output_embeddings()(hidden), tokens[:, 1:][trained]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

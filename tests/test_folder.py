@@ -14,7 +14,7 @@ import pytest
 from grpo_hf.report import read_metrics
 from grpo_hf.rollout.peers import ALONE
 from grpo_hf.training.checkpoints import checkpoints_in, newest_checkpoint, run_of
-from grpo_hf.training.folder import METRICS, RunFolder, as_json, check_writable
+from grpo_hf.training.folder import METRICS, STARTS, RunFolder, as_json, check_writable
 from tests.runs import AfterStep, StopAfter, logs, same, weights
 from tests.tiny import tiny_trainer
 
@@ -43,7 +43,8 @@ def test_a_new_run_sets_checkpoints_and_model_of_an_earlier_one_aside(
         f"{tmp_path} holds an earlier run, which is now in {tmp_path / 'earlier-1'}: README.md, checkpoint-1, checkpoint-2"
         in caplog.text
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint-2", "earlier-1", METRICS, "notes.txt"]
+    here = [".lock", "checkpoint-2", "earlier-1", METRICS, "notes.txt", STARTS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == here
     aside = {path.name for path in (tmp_path / "earlier-1").iterdir()}
     assert {"checkpoint-4", METRICS, "model.safetensors", "README.md"} <= aside
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"

@@ -54,7 +54,7 @@ def run_dir(tmp_path):
 
 
 def test_page_shows_the_headline_numbers(run_dir):
-    page = write_report(run_dir, title="sorting <6>", summary={"model": "tiny & random"}).read_text()
+    page = write_report(run_dir.rename(run_dir.with_name("sorting <6>"))).read_text()
     tiles = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
     assert tiles == {
         "reward": "0.250 → 0.875",
@@ -66,7 +66,28 @@ def test_page_shows_the_headline_numbers(run_dir):
         "tokens if padded": "2.80 times",
     }
     assert "<h1>sorting &lt;6&gt;</h1>" in page
-    assert "<th>model</th><td>tiny &amp; random</td>" in page
+    assert "<details" not in page  # nothing is known of how it was started
+
+
+def test_page_shows_what_runs_were_started_with(run_dir, tmp_path):
+    """Each command; and the settings of the last, with marks where runs differ. A line half written is none."""
+    starts = [
+        {"step": step, "time": f"2026-01-0{step + 1}T00:00:00+00:00", "command": f"python train.py --seed {seed}"}
+        | {"settings": {"seed": seed, "lora": {"r": 4}, "system_prompt": "<think>"}, "versions": {"torch": "2.13"}}
+        for step, seed in ((0, 1), (3, 2))
+    ]
+    (run_dir / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts) + '{"step": 4, "ti')
+    page = write_report(run_dir).read_text()
+    for seed in (1, 2):
+        assert f"python train.py --seed {seed}<" in page
+    assert "<tr><th>seed</th><td>2</td></tr>" in page and "<tr><th>torch</th><td>2.13</td></tr>" in page
+    assert "<td>{&quot;r&quot;: 4}</td>" in page and "<td>&lt;think&gt;</td>" in page
+    other = tmp_path / "other"
+    write_metrics(other, {"step": 1, "reward": 0.5})
+    (other / "starts.jsonl").write_text(json.dumps(starts[0]) + "\n")
+    both = write_report(run_dir, other).read_text()
+    assert '<tr class="differs"><th>seed</th><td>2</td><td>1</td></tr>' in both
+    assert "<tr><th>torch</th><td>2.13</td><td>2.13</td></tr>" in both
 
 
 def shown(page):

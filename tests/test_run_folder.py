@@ -233,7 +233,7 @@ def test_a_new_run_sets_an_earlier_one_aside(tmp_path: Path) -> None:
         tiny_trainer(tmp_path, max_steps=steps, save_rollouts=True).train()
         (tmp_path / "report.html").write_text(f"{steps} steps")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *(".lock", "earlier-1", "earlier-2", "metrics.jsonl", "report.html", "rollouts")
+        *(".lock", "earlier-1", "earlier-2", "metrics.jsonl", "report.html", "rollouts", "starts.jsonl")
     ]
     for folder, steps in ((tmp_path / "earlier-1", 1), (tmp_path / "earlier-2", 2), (tmp_path, 3)):
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == steps + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -40,20 +41,16 @@ class Run:
     name: str
     metrics: Metrics
     samples: Samples
+    starts: list[dict[str, Any]]
+    """What it was started with, and gone on with: step, time, command, settings, versions."""
 
 
-def write_report(
-    run_dir: str | Path,
-    *others: str | Path,
-    title: str | None = None,
-    summary: dict[str, str] | None = None,
-    refresh: float | None = None,
-) -> Path:
+def write_report(run_dir: str | Path, *others: str | Path, refresh: float | None = None) -> Path:
     """Write ``report.html`` and ``curves.png`` into a run folder, or ``compare.html`` with other runs beside it; returns the
     page's path.
 
-    Reads ``metrics.jsonl`` and, where there is one, ``rollouts/*.parquet``. ``summary`` becomes a table of two columns; a
-    browser reads the page again every ``refresh`` seconds.
+    Reads ``metrics.jsonl`` and, where they are, ``starts.jsonl`` and ``rollouts/*.parquet``. A browser reads the page again
+    every ``refresh`` seconds.
     """
     folders = [Path(run_dir), *map(Path, others)]
     names, budget = run_names(folders), BYTES_OF_SAMPLES // len(folders)
@@ -62,7 +59,7 @@ def write_report(
         save_grid(folders[0] / "curves.png", panels)
     page = folders[0] / ("compare.html" if others else "report.html")
     partial = page.with_suffix(".partial")
-    partial.write_text(page_html(runs, title or " and ".join(names), summary or {}, refresh), encoding="utf-8")
+    partial.write_text(page_html(runs, refresh), encoding="utf-8")
     partial.replace(page)
     return page
 
@@ -70,7 +67,16 @@ def write_report(
 def read_run(folder: Path, name: str, budget: int) -> Run:
     """What a run has left, its samples as far as ``budget`` bytes go."""
     samples = read_samples(folder / "rollouts", budget=budget, decode=decoder_of(folder))
-    return Run(name, read_metrics(folder / "metrics.jsonl"), samples)
+    return Run(name, read_metrics(folder / "metrics.jsonl"), samples, read_starts(folder / "starts.jsonl"))
+
+
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of the file; none where there is no file."""
+    starts = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            starts.append(json.loads(text))
+    return starts
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
@@ -79,9 +85,9 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     return names if len({*names}) == len(names) else [str(folder) for folder in folders]
 
 
-def page_html(runs: Sequence[Run], title: str, summary: dict[str, str], refresh: float | None = None) -> str:
+def page_html(runs: Sequence[Run], refresh: float | None = None) -> str:
     """The page: numbers as HTML, what one can look through as JSON, and the script that shows it."""
-    title = escape(title)
+    title = escape(" and ".join(run.name for run in runs))
     again = f'<meta http-equiv="refresh" content="{refresh:g}">' if refresh else ""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">{again}<title>{title}</title>'
     style = _file("uPlot.css") + _file("page.css")
@@ -97,7 +103,7 @@ def page_html(runs: Sequence[Run], title: str, summary: dict[str, str], refresh:
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{style}</style></head>\n<body>',
         f"<h1>{title}</h1>",
         *(_headline_html(run, alone=len(runs) == 1) for run in runs),
-        _summary_html(summary),
+        _starts_html([run for run in runs if run.starts]),
         "<noscript><p>Curves and samples are shown by a script.</p></noscript><main></main>",
         f'<script type="application/json" id="data">{packed}</script>',
         f"<script>{_file('uPlot.js')}</script><script>{_file('page.js')}</script></body></html>",
@@ -176,9 +182,30 @@ def _headline_html(run: Run, *, alone: bool) -> str:
     return f'{"" if alone else f"<h2>{escape(run.name)}</h2>"}<dl class="headline">{tiles}</dl>'
 
 
-def _summary_html(summary: dict[str, str]) -> str:
-    rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in summary.items())
-    return f"<table>{rows}</table>" if rows else ""
+def _starts_html(runs: Sequence[Run]) -> str:
+    """Commands, and a table of settings and versions with a column for each run."""
+    if not runs:
+        return ""
+    commands = [
+        f'<p class="note">{escape(run.name)}, {escape(start["time"])}, after {start["step"]} updates</p>'
+        f'<div class="text">{escape(start["command"])}</div>'
+        for run in runs
+        for start in run.starts
+    ]
+    used = [run.starts[-1]["settings"] | run.starts[-1]["versions"] for run in runs]
+    head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
+    rows = [_setting_html(name, [of_run.get(name) for of_run in used]) for name in dict.fromkeys(k for u in used for k in u)]
+    table = f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+    inside = "".join(commands) + table
+    return f'<details class="starts"><summary><b>Commands, settings and versions</b></summary>{inside}</details>'
+
+
+def _setting_html(name: str, values: Sequence[Any]) -> str:
+    """A row, marked where runs differ; a default is no value."""
+    shown = ["" if value is None else value if isinstance(value, str) else json.dumps(value) for value in values]
+    cells = "".join(f"<td>{escape(value)}</td>" for value in shown)
+    mark = ' class="differs"' if len({*shown}) > 1 else ""
+    return f"<tr{mark}><th>{escape(name)}</th>{cells}</tr>"
 
 
 def _number(value: float) -> str:

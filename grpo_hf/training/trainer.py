@@ -76,6 +76,7 @@ from grpo_hf.training.policy import Policy, with_logprobs
 from grpo_hf.training.recorder import Recorder
 from grpo_hf.training.same_run import Changes, check_same_run, describe_run
 from grpo_hf.training.schedule import apply_settings, settings_of
+from grpo_hf.training.starts import start
 from grpo_hf.training.stopping import RunStopped, StopRequest
 from grpo_hf.training.tables import log_table, sample_rows
 from grpo_hf.training.teacher import check_vocabulary, load_teacher, rewards_beside
@@ -464,6 +465,7 @@ class GRPOTrainer(Trainer):
             checkpoint = checkpoints.resume_point(resume_from_checkpoint, self.folder.path)
             self.peers.gather(None)  # all have looked at the folder as it was
             self._open_folder(checkpoint)
+            self.folder.add_start(start(self.args, 0 if checkpoint is None else checkpoints.step_of(checkpoint)))
             return self._train(checkpoint, trial, ignore_keys_for_eval)
 
     def _open_folder(self, checkpoint: Path | None) -> None:
