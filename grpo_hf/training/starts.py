@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ def changed_settings(args: GRPOConfig) -> dict[str, Any]:
         made = item.default_factory() if item.default_factory is not MISSING else None
         default = made if item.default is MISSING else item.default
         value = getattr(args, item.name)
-        if item.init and value != default and not SECRET.search(item.name):
+        kind: Any = type(value)
+        is_default = value == default or (is_dataclass(value) and value == kind())
+        if item.init and not is_default and not SECRET.search(item.name):
             changed[item.name] = value
     return dict(sorted(changed.items()))
 
