@@ -288,6 +288,8 @@ class PackedBatch:
     """Which of the packed samples are here, in the order of their targets."""
     num_targets: list[int]
     """How many targets each of them has."""
+    shared_by: Int[Tensor, " position"]
+    """Of each position of the flattened rows, how many of the samples have it; 0 of padding."""
     rollout_logprobs: Float[Tensor, " token"] | None = None
     """See TrainingSample."""
     old_logprobs: Float[Tensor, " token"] | None = None

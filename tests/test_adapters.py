@@ -174,10 +174,6 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         r"no reference can be kept of LoraConfig: .* by 0\.\d+ of",
     ),
     "transformers' own adapter": (with_own_adapter, "in transformers' own way .*; give the trainer a PeftModel"),
-    "the router's loss": (
-        lambda: tiny_model("mixtral", output_router_logits=True),
-        "asks for the router's auxiliary loss, .*model.config.output_router_logits = False",
-    ),
 }
 
 
@@ -218,22 +214,6 @@ def test_an_adapter_without_the_name_of_its_base_is_refused(tmp_path: Path) -> N
     trained().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="names no base_model_name_or_path; write it there, or give the model itself"):
         GRPOTrainer(str(tmp_path), even_words, GRPOConfig(output_dir=str(tmp_path / "run"), use_cpu=True), PROMPTS)
-
-
-@pytest.mark.parametrize("by_name", [False, True])
-def test_experts_are_trained_once_the_router_keeps_to_itself(tmp_path: Path, by_name: bool) -> None:
-    """As the refusal advises, for a model and for its name."""
-    model: Any = tiny_model("mixtral", output_router_logits=True)
-    if by_name:
-        model.save_pretrained(tmp_path / "model")
-        model = str(tmp_path / "model")
-        with pytest.raises(ValueError, match="asks for the router's auxiliary loss"):
-            tiny_trainer(tmp_path, model=model)
-    else:
-        model.config.output_router_logits = False
-    run = tiny_trainer(tmp_path, model=model, model_init_kwargs={"output_router_logits": False})
-    run.train()
-    assert values(run, "grad_norm")[0] > 0
 
 
 # ---- Generation defaults

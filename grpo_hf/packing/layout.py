@@ -144,18 +144,25 @@ def padded_batch(samples: Sequence[TrainingSample], members: Sequence[int] | Non
 
 
 def _batch(
-    every: Sequence[TrainingSample], members: Sequence[int], places: Sequence[Int[Tensor, " time"]], **rows: object
+    every: Sequence[TrainingSample],
+    members: Sequence[int],
+    places: Sequence[Int[Tensor, " time"]],
+    *,
+    input_ids: Int[Tensor, "rows time"],
+    **rows: object,
 ) -> PackedBatch:
     """A layout with the members' targets; ``places`` say where in the flattened rows the inputs of each lie."""
     samples = [every[number] for number in members]
     at = [sample.is_target.nonzero().squeeze(1) for sample in samples]
     counts = [len(targets) for targets in at]
+    inputs = [place[: len(inputs_of(sample))] for place, sample in zip(places, samples, strict=True)]
     scored_at = torch.cat([place[targets - 1] for place, targets in zip(places, at, strict=True)])
     scored_at, scored = scored_at.unique(return_inverse=True)
     lengths = {sample.completion: sample.completion_length for sample in samples}
     completions = {number: place for place, number in enumerate(lengths)}
     completion = torch.tensor([completions[sample.completion] for sample in samples])
     return PackedBatch(
+        input_ids=input_ids,
         **rows,  # type: ignore[arg-type]
         scored_at=scored_at,
         scored=scored,
@@ -165,6 +172,7 @@ def _batch(
         lengths=torch.tensor(list(lengths.values())),
         samples=list(members),
         num_targets=counts,
+        shared_by=torch.cat(inputs).bincount(minlength=input_ids.numel()),
         rollout_logprobs=_joined([sample.rollout_logprobs for sample in samples], counts),
         old_logprobs=_joined([sample.old_logprobs for sample in samples], counts),
         ref_logprobs=_joined([sample.ref_logprobs for sample in samples], counts),

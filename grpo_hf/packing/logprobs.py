@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from grpo_hf.algorithm.logits import entropy as entropy_of
 from grpo_hf.algorithm.logits import token_logprobs
+from grpo_hf.algorithm.router import expert_load
 from grpo_hf.types import PackedBatch
 
 if TYPE_CHECKING:
@@ -69,26 +70,32 @@ def cast_head_to_fp32(model: PreTrainedModel) -> None:
     head.float().__class__ = Float32Head
 
 
-def batch_logprobs(model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0) -> tuple[Tokens, Tokens]:
-    """log π(o_t) and the entropy of π(. | o_<t) at every target of a micro-batch, in nats, float32.
+def batch_logprobs(
+    model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0, experts_per_token: int | None = None
+) -> tuple[Tensor, ...]:
+    """log π(o_t) and the entropy of π(. | o_<t) at every target of a micro-batch [token], in nats, float32.
 
     π is the model's softmax(logits / temperature), before any top-k, top-p or min-p. ``model`` is the causal LM itself
-    (no DDP wrapper); both results carry gradients.
+    (no DDP wrapper). With ``experts_per_token``, of a mixture of experts, their load too: see `expert_load`. All results
+    carry gradients.
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if batch.tree is None:
         inputs["attention_mask"] = batch.attention_mask
     else:  # a four-dimensional mask is handed on by transformers as it is; the attention function looks at the tree
         inputs |= {"attention_mask": batch.input_ids.new_ones(1, 1, 1, 1), "tree": batch.tree}
-    hidden = model.get_decoder()(**inputs)[0]
-    return head_logprobs(
-        hidden.flatten(0, 1)[batch.scored_at],
+    if experts_per_token:
+        inputs["output_router_logits"] = True
+    outputs = model.get_decoder()(**inputs)
+    scores = head_logprobs(
+        outputs[0].flatten(0, 1)[batch.scored_at],
         batch.targets,
         model.get_output_embeddings(),
         rows=batch.scored,
         temperature=temperature,
         transform=logit_transform(model),
     )
+    return (*scores, expert_load(outputs.router_logits, batch.shared_by, experts_per_token)) if experts_per_token else scores
 
 
 def head_logprobs(

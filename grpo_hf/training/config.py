@@ -246,6 +246,9 @@ class GRPOConfig(TrainingArguments):
     entropy_coef_min: float = option(0.0, "The least that it becomes.")
     entropy_coef_max: float = option(1.0, "The most that it becomes.")
     teacher_coef: float = option(1.0, "Weight of the reverse KL to the trainer's teacher, a mean over tokens.")
+    router_aux_loss_coef: float | None = option(
+        None, "Weight of the load-balancing loss of a mixture of experts; None: that of the model's config, 0: none."
+    )
     mask_truncated_completions: bool = option(False, "Leave completions that hit the length limit out of the loss.")
 
     # Cost

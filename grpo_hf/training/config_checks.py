@@ -82,7 +82,7 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "{} >= 0": (
         lambda value: value >= 0,
         "eval_temperature top_k profile epsilon epsilon_high beta kl_cov_coef entropy_coef_delta "
-        "entropy_coef_min teacher_coef",
+        "entropy_coef_min teacher_coef router_aux_loss_coef",
     ),
     "{} > 0": (lambda value: value > 0, "temperature repetition_penalty vllm_server_timeout"),
     "0 < {} <= 1": (lambda value: 0 < value <= 1, "top_p vllm_gpu_memory_utilization clip_cov_ratio kl_cov_ratio"),

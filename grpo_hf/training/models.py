@@ -24,6 +24,8 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import find_adapter_config_file, logging
 
+from grpo_hf.algorithm.router import RouterLoss
+
 logger = logging.get_logger(__name__)
 
 
@@ -147,14 +149,26 @@ def keep_gradients(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def check_router(config: PretrainedConfig, **options: Any) -> None:
-    """Raise ValueError for a mixture of experts that asks for its router's auxiliary loss."""
-    if options.get("output_router_logits", getattr(config, "output_router_logits", False)):
+def router_loss(config: PretrainedConfig, coefficient: float | None) -> RouterLoss | None:
+    """The load-balancing loss of a model with experts, with the config's coefficient where None is given; None at 0.
+
+    Raises ValueError for a coefficient of a model that has no experts or does not say how many a token is sent to.
+    """
+    has_router = hasattr(config, "output_router_logits")
+    if coefficient and not has_router:
         raise ValueError(
-            "output_router_logits=True asks for the router's auxiliary loss, a product of two means over whatever tokens "
-            "share a forward pass, which is no part of this objective; set model_init_kwargs="
-            "{'output_router_logits': False}, or model.config.output_router_logits = False"
+            f"router_aux_loss_coef={coefficient}, but {config.model_type} is no mixture of experts that returns its "
+            "router's logits; leave it out"
         )
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
+    if not has_router or not coefficient:
+        return None
+    if not (experts := getattr(config, "num_experts_per_tok", None)):
+        raise ValueError(
+            f"router_aux_loss_coef={coefficient}, but the config of {config.model_type} has no num_experts_per_tok, the "
+            "number of experts that a token is sent to; set it there, or router_aux_loss_coef=0"
+        )
+    return RouterLoss(coefficient, experts)
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

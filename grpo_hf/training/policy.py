@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from grpo_hf.algorithm.entropy_control import EntropyControl
 from grpo_hf.algorithm.objective import Objective
+from grpo_hf.algorithm.router import RouterLoss, load_balancing
 from grpo_hf.algorithm.selection import joined
 from grpo_hf.packing.layout import LAYOUTS
 from grpo_hf.packing.logprobs import batch_logprobs
@@ -45,6 +46,8 @@ class StepReport:
     """Of each sample's targets, by its number in the update, before the step."""
     out_of_memory: bool = False
     """Whether memory ran out at first."""
+    aux_loss: Tensor | None = None
+    """The router's, before its coefficient, as `loss` is; None where it is not added."""
 
     def values(self) -> dict[str, Tensor]:
         """Each metric's values that count, over all micro-batches."""
@@ -73,6 +76,7 @@ class Policy:
         needs_reference: bool = False,
         teacher: nn.Module | None = None,
         entropy_control: EntropyControl | None = None,
+        router: RouterLoss | None = None,
         sharded: bool = False,
         peers: Peers = ALONE,
     ):
@@ -82,7 +86,7 @@ class Policy:
         self.accelerator, self.objective, self.layout, self.temperature = accelerator, objective, layout, temperature
         self.reference, self.reference_adapter, self.needs_reference = reference, reference_adapter, needs_reference
         self.sharded, self.peers = sharded, peers
-        self.teacher, self.entropy_control = teacher, entropy_control
+        self.teacher, self.entropy_control, self.router = teacher, entropy_control, router
         self.tokens_per_microbatch = tokens_per_microbatch
         self.was_halved = False
         """Whether memory has run out before; once more ends the run."""
@@ -157,14 +161,17 @@ class Policy:
         if self.entropy_control is not None:
             objective = objective.with_coefficient("entropy", -self.entropy_control.applied)
         batches = self.microbatches(update)
-        selected = self._selected(batches)
+        selected, sent = self._selected(batches), self._sent_to_experts(batches)
         for number, batch in enumerate(batches, start=1):
             # Gradients that are not synchronized are whole ones, for which sharded models have no room.
             synced = number == len(batches) or self.sharded
             with contextlib.nullcontext() if synced else self.accelerator.no_sync(self.wrapped):
-                tokens = batch.tokens(*self._forward(self.wrapped, self.inner, batch))
-                tokens = replace(tokens, selected=selected[number - 1])
+                logprobs, entropy, *load = self._forward(self.wrapped, self.inner, batch, self.router)
+                tokens = replace(batch.tokens(logprobs, entropy), selected=selected[number - 1])
                 parts, metrics = objective.parts(tokens, update.denominators)
+                if self.router is not None:
+                    aux_loss = load_balancing(sent, load[0][1], self.router.experts_per_token)
+                    parts["router"] = self.router.coefficient * aux_loss
                 # Data-parallel wrappers average over processes what is already a share of the global sum.
                 factor = batch.weight * update.denominators.num_processes
                 part = sum(parts.values(), start=zero) * factor
@@ -172,10 +179,21 @@ class Policy:
             report.loss = report.loss + part.detach()
             for name, value in parts.items():
                 report.parts[name] = report.parts.get(name, zero) + value.detach() * factor
+            if self.router is not None:
+                report.aux_loss = aux_loss.detach() * factor + (zero if report.aux_loss is None else report.aux_loss)
             report.batches.append(batch)
             report.metrics.append({name: value.detach() for name, value in metrics.items()} if batch.weight else {})
             report.logprobs |= batch.by_sample(tokens.logprobs.detach().cpu())
         return report
+
+    @torch.no_grad()
+    def _sent_to_experts(self, batches: list[PackedBatch]) -> Tensor:
+        """How many tokens of the update are sent to each expert [expert], over all processes; nothing without a router."""
+        nothing = torch.zeros((), device=self.accelerator.device)
+        if self.router is None:
+            return nothing
+        loads = [self._forward(self.wrapped, self.inner, batch, self.router)[2] * batch.weight for batch in batches]
+        return sum(self.peers.gather(sum(loads, start=nothing)[0].cpu())).to(self.accelerator.device)
 
     @torch.no_grad()
     def _selected(self, batches: list[PackedBatch]) -> list[dict[str, Tensor]]:
@@ -209,12 +227,15 @@ class Policy:
             return self.entropy_control.coefficient
         return next((-term.coefficient for term in self.objective.terms if term.name == "entropy"), None)
 
-    def _forward(self, wrapped: nn.Module, inner: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy of the targets [token], in place of the inner model's forward, through the wrapper (DDP,
-        FSDP): its own work before and after, such as gathering weights and readying gradient buckets, is done as for any
-        forward."""
-        own = vars(inner).get("forward")
-        inner.forward = partial(batch_logprobs, causal_lm(inner), temperature=self.temperature)  # type: ignore[method-assign]
+    def _forward(
+        self, wrapped: nn.Module, inner: nn.Module, batch: PackedBatch, router: RouterLoss | None = None
+    ) -> tuple[Tensor, ...]:
+        """Log-probs and entropy of the targets [token], with a router the experts' load too, in place of the inner model's
+        forward, through the wrapper (DDP, FSDP): its own work before and after, such as gathering weights and readying
+        gradient buckets, is done as for any forward."""
+        own, experts = vars(inner).get("forward"), router.experts_per_token if router else None
+        of_batch = partial(batch_logprobs, causal_lm(inner), temperature=self.temperature, experts_per_token=experts)
+        inner.forward = of_batch  # type: ignore[method-assign]
         try:
             with self.accelerator.autocast():
                 return wrapped(batch)

@@ -89,6 +89,8 @@ class Recorder:
             self.metrics.mean("loss", report.loss)
             if report.parts.keys() - OF_THE_POLICY:
                 self.metrics.mean("policy_loss", sum(report.parts[name] for name in OF_THE_POLICY & report.parts.keys()))
+            if report.aux_loss is not None:
+                self.metrics.mean("aux_loss", report.aux_loss)
             self._record_values(values)
             for batch, of_batch in zip(report.batches, report.metrics, strict=True):  # by completion
                 if (low := of_batch.get("clip_ratio/low")) is not None:

@@ -63,7 +63,6 @@ from grpo_hf.training.guards import REWARD_WINDOW, GuardError, Guards, Seen
 from grpo_hf.training.model_card import model_card, source_of
 from grpo_hf.training.models import (
     causal_lm,
-    check_router,
     checked_model,
     is_sharded,
     keep_gradients,
@@ -71,6 +70,7 @@ from grpo_hf.training.models import (
     load_model,
     load_tokenizer,
     make_savable,
+    router_loss,
 )
 from grpo_hf.training.policy import Policy, with_logprobs
 from grpo_hf.training.recorder import Recorder
@@ -154,7 +154,7 @@ class GRPOTrainer(Trainer):
         tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, **shared))
         check_chat(self.toolbox, tokenizer, args)
         config = load_config(model, **shared)
-        check_router(config, **init)
+        self.router = router_loss(config, args.router_aux_loss_coef)
         self._check = partial(
             checks.checked_prompts,
             args=args,
@@ -275,6 +275,7 @@ class GRPOTrainer(Trainer):
             needs_reference=args.beta > 0,
             teacher=teacher,
             entropy_control=args.entropy_control(),
+            router=self.router,
             sharded=is_sharded(self.accelerator),
             peers=self.peers,
         )
@@ -287,7 +288,7 @@ class GRPOTrainer(Trainer):
             updates_per_rollout=args.updates_per_rollout,
             max_completion_length=args.max_completion_length,
             mask_truncated_completions=args.mask_truncated_completions,
-            keep_zero_signal=args.keep_zero_signal or self.objective.needs_every_token,
+            keep_zero_signal=args.keep_zero_signal or self.objective.needs_every_token or self.aux_loss_enabled,
             whole_completions=self.objective.needs_whole_completions,
             # A local mean is over the completions that a process has sampled itself.
             balance=args.balance_processes and self.peers.count > 1 and not self.objective.needs_own_completions,
@@ -353,8 +354,8 @@ class GRPOTrainer(Trainer):
 
     @property
     def aux_loss_enabled(self) -> bool:
-        """Whether a router's auxiliary loss is added to this one: never, and a model that asks for it is refused."""
-        return False
+        """Whether a router's load-balancing loss is added to this one."""
+        return self.router is not None
 
     @property
     def entropy_coef(self) -> float | None:

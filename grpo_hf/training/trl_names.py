@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 TRL_ONLY: dict[str, str] = {
-    "router_aux_loss_coef": "the router's auxiliary loss is no part of this objective; leave it out",
     "log_completions_hub_repo": "upload <output_dir>/rollouts/*.parquet with the hub's own tools",
     "max_prompt_length": "use overlong_prompts='drop'; TRL has dropped this name too",
     "vllm_importance_sampling_cap": "use vllm_importance_sampling_clip_max",
