@@ -63,18 +63,19 @@ def middle(game: GuessNumber, generator: random.Random) -> int:
     return (game.low + game.high) // 2
 
 
-PLAYERS = {anything: 3, middle: 1}
-"""Ways of guessing and how common they are; the second always wins."""
+PLAYERS = {anything: (3, 3), middle: (1, GUESSES)}
+"""Ways of guessing, how common they are, and the guesses after which their players give up."""
 
 
 def demonstrations(count: int, generator: random.Random) -> tuple[list[list[dict[str, Any]]], list[Any]]:
     """Games of players, each with a way of guessing: see PLAYERS."""
     conversations = []
     for _ in range(count):
-        game, (player,) = GuessNumber(), generator.choices(list(PLAYERS), list(PLAYERS.values()))
+        game, (player,) = GuessNumber(), generator.choices(list(PLAYERS), [common for common, _ in PLAYERS.values()])
+        _, patience = PLAYERS[player]
         game.reset(generator.randint(1, HIGHEST))
         messages: list[dict[str, Any]] = [*PROMPT]
-        while not game.found and game.guesses < GUESSES:
+        while not game.found and game.guesses < patience:
             guess = player(game, generator)
             call = {"function": {"name": "guess", "arguments": {"number": guess}}}
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})

@@ -61,13 +61,16 @@ Demonstrations = Callable[[int, random.Random], tuple[list[list[dict[str, Any]]]
 
 
 def make_model(
-    *, demonstrations: str, seed: int = 0, conversations: int = 4096, steps: int = 150
+    *, demonstrations: str, seed: int = 0, conversations: int = 4096, steps: int = 150, digits: int = 1
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The model after a warm-up of so many steps on what `path/file.py:function` demonstrates."""
+    """The model after a warm-up of so many steps on what `path/file.py:function` demonstrates.
+
+    ``digits``: of a token, at most. A number that is one token is easier to reckon with, and one of many harder to copy.
+    """
     torch.manual_seed(seed)
     generator = random.Random(seed)
     shown, tools = choose("demonstrations", demonstrations, {})(conversations, generator)
-    tokenizer = make_tokenizer(shown, tools)
+    tokenizer = make_tokenizer(shown, tools, digits)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=160,
@@ -89,11 +92,10 @@ def make_model(
     return model, tokenizer
 
 
-def make_tokenizer(conversations: list[list[dict[str, Any]]], tools: list[Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of what stands between digits, marks and roles: a call's JSON is one token up to its numbers, and two
-    digits are one too."""
+def make_tokenizer(conversations: list[list[dict[str, Any]]], tools: list[Any], digits: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of what stands between numbers, marks and roles: a call's JSON is one token up to its numbers."""
     empty = Tokenizer(models.BPE())
-    parts = pre_tokenizers.Split(Regex(r"\d{1,2}|<[^<>\s]+>|(system|user|assistant|tool)\n"), behavior="isolated")
+    parts = pre_tokenizers.Split(Regex(rf"\d{{1,{digits}}}|<[^<>\s]+>|(system|user|assistant|tool)\n"), behavior="isolated")
     empty.pre_tokenizer = pre_tokenizers.Sequence([parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     empty.decoder = decoders.ByteLevel()
     base = PreTrainedTokenizerFast(
