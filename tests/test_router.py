@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoConfig
 
 from grpo_hf.algorithm.router import RouterLoss, expert_load, load_balancing
 from grpo_hf.packing.layout import inputs_of, pack, pad
@@ -151,3 +152,13 @@ def test_what_has_no_router_is_refused(tmp_path: Path) -> None:
     unknown.config.num_experts_per_tok = 0
     with pytest.raises(ValueError, match=r"the config of mixtral has no num_experts_per_tok, .*router_aux_loss_coef=0"):
         tiny_trainer(tmp_path, model=unknown)
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.0])
+def test_a_config_may_ask_for_router_logits(tmp_path: Path, coefficient: float | None) -> None:
+    """transformers' own generate ends in an error with them, for it takes the loss of one new token a row."""
+    model = tiny_model("mixtral", output_router_logits=True)
+    run = tiny_trainer(tmp_path, model=model, router_aux_loss_coef=coefficient, save_strategy="steps", save_steps=1)
+    run.train()
+    assert values(run, "grad_norm")[0] > 0 and ("aux_loss" in logs(run)[0]) == (coefficient is None)
+    assert AutoConfig.from_pretrained(tmp_path / "checkpoint-1").output_router_logits
