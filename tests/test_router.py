@@ -10,8 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoConfig
+from transformers.models.mixtral import modeling_mixtral
 
 from grpo_hf.algorithm.router import RouterLoss, expert_load, load_balancing
+from grpo_hf.packing.choose import choose_router_loss
 from grpo_hf.packing.layout import inputs_of, pack, pad
 from grpo_hf.rollout.peers import Peers
 from grpo_hf.rollout.planning import Update
@@ -117,6 +120,29 @@ def test_on_two_processes_it_is_the_same() -> None:
     assert relative_error(mean, gradient) < 1e-5
 
 
+def test_it_is_added_to_the_objective_and_costs_a_forward_pass() -> None:
+    """g = g of the objective + c g of the loss; without it the model runs as often as there are micro-batches."""
+    samples, gradients, forwards = samples_that_share(3), {}, {}
+    for name, router, trained in (
+        ("objective", None, samples),
+        ("loss", ROUTER, without_advantages(samples)),
+        ("both", ROUTER, samples),
+    ):
+        calls: list[bool] = []
+        policy = make_policy(tiny_model("mixtral"), budget=12, router=router)
+        decoder: Any = policy.inner.get_decoder()  # type: ignore[operator]
+        decoder.register_forward_pre_hook(
+            lambda module, args, kwargs, calls=calls: calls.append("output_router_logits" in kwargs), with_kwargs=True
+        )
+        report = policy.forward_backward(Update(trained, COUNTS), step=1)
+        gradients[name], forwards[name] = routers(policy.inner), len(calls) / len(report.batches)
+        assert all(calls) if router else not any(calls)
+        assert (report.aux_loss is None) == (router is None)
+    together = {name: grad + gradients["loss"][name] for name, grad in gradients["objective"].items()}
+    assert relative_error(gradients["both"], together) < 1e-5
+    assert forwards == {"objective": 1, "loss": 2, "both": 2}
+
+
 def test_an_idle_update_adds_nothing() -> None:
     policy = make_policy(tiny_model("mixtral"), router=ROUTER)
     report = policy.forward_backward(Update(samples_that_share(3), COUNTS, idle=True), step=1)
@@ -147,7 +173,49 @@ def test_what_has_no_router_is_refused(tmp_path: Path) -> None:
         tiny_trainer(tmp_path, router_aux_loss_coef=0.1)
     with pytest.raises(ValueError, match=r"router_aux_loss_coef=-1.* >= 0 is needed"):
         tiny_trainer(tmp_path, router_aux_loss_coef=-1)
-    unknown = tiny_model("mixtral")
-    unknown.config.num_experts_per_tok = 0
-    with pytest.raises(ValueError, match=r"the config of mixtral has no num_experts_per_tok, .*router_aux_loss_coef=0"):
-        tiny_trainer(tmp_path, model=unknown)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "olmoe": {"num_experts": 4},
+    "granitemoe": {"num_local_experts": 4},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 0},
+    "gpt_oss": {"num_local_experts": 4},
+}
+"""Families whose loss is transformers', beside MIXTURES."""
+
+WITHOUT: dict[str, Any] = {"n_routed_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+"""Of GLM-4's experts, which are balanced otherwise: transformers has no loss for them."""
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_have_it(family: str) -> None:
+    model = tiny_model(family, **{"num_experts_per_tok": 2} | OTHERS[family])
+    assert choose_router_loss(model, [1, 2, 3]) == RouterLoss(model.config.router_aux_loss_coef, 2)
+
+
+def test_a_model_without_such_a_loss_trains_unless_it_is_asked_for(tmp_path: Path) -> None:
+    model = tiny_model("glm4_moe", **WITHOUT)
+    with pytest.raises(ValueError, match=r"_coef=0.1, but Glm4MoeForCausalLM has no load-balancing loss .*; leave it out"):
+        tiny_trainer(tmp_path, model=model, router_aux_loss_coef=0.1)
+    model.config.router_aux_loss_coef = 0.1
+    run = tiny_trainer(tmp_path, model=model)
+    run.train()
+    assert not run.aux_loss_enabled and values(run, "grad_norm")[0] > 0
+
+
+def test_another_loss_of_the_same_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = modeling_mixtral.load_balancing_loss_func
+    monkeypatch.setattr(modeling_mixtral, "load_balancing_loss_func", lambda *args: 2 * own(*args))
+    with pytest.raises(ValueError, match=r"=0.001 in its config, but .* on a prompt it differs by \d.*_coef=0"):
+        choose_router_loss(tiny_model("mixtral"), [1, 2, 3])
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.0])
+def test_a_config_may_ask_for_router_logits(tmp_path: Path, coefficient: float | None) -> None:
+    """transformers' own generate ends in an error with them, for it takes the loss of one new token a row."""
+    model = tiny_model("mixtral", output_router_logits=True)
+    run = tiny_trainer(tmp_path, model=model, router_aux_loss_coef=coefficient, save_strategy="steps", save_steps=1)
+    run.train()
+    assert values(run, "grad_norm")[0] > 0 and ("aux_loss" in logs(run)[0]) == (coefficient is None)
+    assert AutoConfig.from_pretrained(tmp_path / "checkpoint-1").output_router_logits

@@ -37,6 +37,7 @@ def tiny_trainer(
     folder: Path,
     *,
     model: PreTrainedModel | None = None,
+    family: str = "qwen2",
     reward: Callable[..., Any] = even_words,
     dataset: list[dict[str, Any]] = PROMPTS,
     eval_dataset: Any = None,
@@ -48,7 +49,7 @@ def tiny_trainer(
 ) -> GRPOTrainer:
     """A trainer that leaves nothing behind; its completions are of uneven lengths, since one token in five ends them."""
     if model is None:
-        model = tiny_model()
+        model = tiny_model(family)
         model.generation_config.eos_token_id = list(range(VOCAB - 20, VOCAB))
     defaults = {
         "max_steps": 1,

@@ -62,9 +62,10 @@ MIXTURES = {
 
 
 def tiny_model(family: str = "qwen2", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A model of the family with random weights and biases; ``changes`` are to its config."""
+    """A model of the family, of SIZES where none is above, with random weights and biases; ``changes`` to its config."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(FAMILIES | MIXTURES)[family] | changes))
+    config = (FAMILIES | MIXTURES).get(family, SIZES) | changes
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -1,8 +1,9 @@
-"""Decides once, at start-up, by trying it, which layout a model can take."""
+"""Decides once, at start-up, by trying it, which layout a model can take, and whether its router's loss can be had."""
 
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from grpo_hf.algorithm.logits import token_logprobs
+from grpo_hf.algorithm.router import RouterLoss, load_balancing
 from grpo_hf.packing.attention import TOKEN_TREE
 from grpo_hf.packing.layout import packed_batch, padded_batch
 from grpo_hf.packing.logprobs import batch_logprobs
@@ -61,6 +63,39 @@ def choose_layout(
         f"{type(model).__name__} cannot be trained: no layout gives the log-probs of its own forward within {tolerance} "
         f"nats; {'; '.join(reasons)}. If its head scales or caps its logits, add that to LOGIT_TRANSFORMS."
     )
+
+
+@torch.no_grad()
+def choose_router_loss(model: PreTrainedModel, prompt: list[int], requested: float | None = None) -> RouterLoss | None:
+    """The load-balancing loss of a model with experts, with its config's coefficient where None is requested; None at 0.
+
+    It is tried on the ids of a real prompt. Raises ValueError when the model itself has another such loss or, for a
+    coefficient that is requested, none; without one nothing is added then, which is logged.
+    """
+    config = model.config.get_text_config()
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if requested is None else requested
+    if not coefficient or not hasattr(config, "output_router_logits"):
+        return None
+    name, said = type(model).__name__, f"router_aux_loss_coef={coefficient}" + " in its config" * (requested is None)
+    experts_per_token: Any = getattr(model, "num_experts_per_tok", None)
+    batch, was_training = padded_batch(_samples_to_try([prompt])[:1]).to(model.device), model.training
+    model.eval()
+    of_model = experts_per_token and model(input_ids=batch.input_ids, output_router_logits=True).aux_loss
+    if of_model is None:
+        if requested is None:
+            logger.warning_once(f"No load-balancing loss is added: {name} has none of its own, though {said}")
+            model.train(was_training)
+            return None
+        raise ValueError(f"{said}, but {name} has no load-balancing loss in transformers; leave it out or set it to 0")
+    sent, probability = batch_logprobs(model, batch, experts_per_token=experts_per_token)[2]
+    difference = (load_balancing(sent, probability, experts_per_token) - of_model).abs().item()
+    if difference > (TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE):
+        raise ValueError(
+            f"{said}, but the load-balancing loss of {name} is not that of Switch Transformers over the logits that it "
+            f"returns: on a prompt it differs by {difference:.3g}; set router_aux_loss_coef=0"
+        )
+    model.train(was_training)
+    return RouterLoss(coefficient, experts_per_token)
 
 
 def disable_dropout(model: nn.Module) -> None:

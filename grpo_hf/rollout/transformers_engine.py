@@ -124,6 +124,7 @@ class TransformersEngine:
                         eos_token_id=list(sampling.stop_token_ids),
                         pad_token_id=self.pad_token_id,
                     ),
+                    **without_router_logits(self.lm.config),
                 )
         finally:
             self.lm.generation_config = own_defaults
@@ -180,6 +181,12 @@ class TransformersRequests:
         batch = list(compress(self.waiting, mine))
         self.waiting = [request for request, is_in in zip(self.waiting, mine, strict=True) if not is_in]
         return self.engine.generate(batch, self.sampling)
+
+
+def without_router_logits(config: PretrainedConfig) -> dict[str, bool]:
+    """What keeps a model whose config asks for them from a loss over them, which it cannot take of one new token a row."""
+    asks = getattr(config.get_text_config(), "output_router_logits", False)
+    return {"output_router_logits": False} if asks else {}
 
 
 def fitting(sizes: list[tuple[int, int]], config: PretrainedConfig) -> list[bool]:

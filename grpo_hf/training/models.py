@@ -24,8 +24,6 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import find_adapter_config_file, logging
 
-from grpo_hf.algorithm.router import RouterLoss
-
 logger = logging.get_logger(__name__)
 
 
@@ -149,26 +147,13 @@ def keep_gradients(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def router_loss(config: PretrainedConfig, coefficient: float | None) -> RouterLoss | None:
-    """The load-balancing loss of a model with experts, with the config's coefficient where None is given; None at 0.
-
-    Raises ValueError for a coefficient of a model that has no experts or does not say how many a token is sent to.
-    """
-    has_router = hasattr(config, "output_router_logits")
-    if coefficient and not has_router:
+def check_router(config: PretrainedConfig, coefficient: float | None) -> None:
+    """Raise ValueError for a coefficient of the load-balancing loss where there are no experts."""
+    if coefficient and not hasattr(config, "output_router_logits"):
         raise ValueError(
             f"router_aux_loss_coef={coefficient}, but {config.model_type} is no mixture of experts that returns its "
             "router's logits; leave it out"
         )
-    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
-    if not has_router or not coefficient:
-        return None
-    if not (experts := getattr(config, "num_experts_per_tok", None)):
-        raise ValueError(
-            f"router_aux_loss_coef={coefficient}, but the config of {config.model_type} has no num_experts_per_tok, the "
-            "number of experts that a token is sent to; set it there, or router_aux_loss_coef=0"
-        )
-    return RouterLoss(coefficient, experts)
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

@@ -32,7 +32,7 @@ from grpo_hf.episodes.metrics import record_calls
 from grpo_hf.evaluation.record import write_evaluation
 from grpo_hf.evaluation.sampling import evaluate_prompts
 from grpo_hf.metrics import Metrics
-from grpo_hf.packing.choose import choose_layout, disable_dropout
+from grpo_hf.packing.choose import choose_layout, choose_router_loss, disable_dropout
 from grpo_hf.packing.layout import default_budget
 from grpo_hf.packing.logprobs import cast_head_to_fp32
 from grpo_hf.packing.tree import common_length
@@ -63,6 +63,7 @@ from grpo_hf.training.guards import REWARD_WINDOW, GuardError, Guards, Seen
 from grpo_hf.training.model_card import model_card, source_of
 from grpo_hf.training.models import (
     causal_lm,
+    check_router,
     checked_model,
     is_sharded,
     keep_gradients,
@@ -70,7 +71,6 @@ from grpo_hf.training.models import (
     load_model,
     load_tokenizer,
     make_savable,
-    router_loss,
 )
 from grpo_hf.training.policy import Policy, with_logprobs
 from grpo_hf.training.recorder import Recorder
@@ -154,7 +154,7 @@ class GRPOTrainer(Trainer):
         tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, **shared))
         check_chat(self.toolbox, tokenizer, args)
         config = load_config(model, **shared)
-        self.router = router_loss(config, args.router_aux_loss_coef)
+        check_router(config, args.router_aux_loss_coef)
         self._check = partial(
             checks.checked_prompts,
             args=args,
@@ -275,7 +275,7 @@ class GRPOTrainer(Trainer):
             needs_reference=args.beta > 0,
             teacher=teacher,
             entropy_control=args.entropy_control(),
-            router=self.router,
+            router=choose_router_loss(causal_lm(self.model), to_try[0], args.router_aux_loss_coef),
             sharded=is_sharded(self.accelerator),
             peers=self.peers,
         )
@@ -355,7 +355,7 @@ class GRPOTrainer(Trainer):
     @property
     def aux_loss_enabled(self) -> bool:
         """Whether a router's load-balancing loss is added to this one."""
-        return self.router is not None
+        return self.policy.router is not None
 
     @property
     def entropy_coef(self) -> float | None:

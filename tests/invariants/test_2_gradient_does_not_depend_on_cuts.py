@@ -48,6 +48,7 @@ CASES = {
         "clip_cov_lb": -2.0,
         "top_entropy_quantile": 0.5,
     },
+    "experts and the balance between them": {"family": "mixtral", "tokens_per_microbatch": 40, "router_aux_loss_coef": 0.5},
     "lora, checkpointing, entropy": {"lora": True, "gradient_checkpointing": True, "entropy_coef": 0.1, "loss_type": "grpo"},
 }
 
