@@ -45,11 +45,11 @@ def of_rows(model: nn.Module, samples: list[TrainingSample]) -> tuple[float, dic
     lm.set_attn_implementation("eager")
     aux_loss = lm(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
     (COEFFICIENT * aux_loss).backward()
-    return aux_loss.item(), routers(model)
+    return aux_loss.item(), whole_gradient(model)
 
 
-def routers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The gradient, but of what the loss does not reach: the head and the last layer's experts."""
+def whole_gradient(model: nn.Module) -> dict[str, torch.Tensor]:
+    """With zeros for what the loss does not reach: the head and the last layer's experts."""
     for p in model.parameters():
         if p.requires_grad and p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -97,7 +97,7 @@ def test_it_is_that_of_padded_rows(family: str, how: str) -> None:
     assert report.aux_loss is not None and report.aux_loss.item() == pytest.approx(expected, rel=1e-5)
     assert report.loss.item() == pytest.approx(COEFFICIENT * expected, rel=1e-5)
     assert (len(report.batches) > 1) == (how == "cut")
-    assert relative_error(routers(model), gradient) < 1e-5
+    assert relative_error(whole_gradient(model), gradient) < 1e-5
 
 
 def test_on_two_processes_it_is_the_same() -> None:
@@ -115,7 +115,7 @@ def test_on_two_processes_it_is_the_same() -> None:
     (first, second) = (policy.forward_backward(part, step=1) for policy, part in zip(policies, parts, strict=True))
     assert first.aux_loss is not None and second.aux_loss is not None
     assert (first.aux_loss + second.aux_loss).item() / 2 == pytest.approx(expected, rel=1e-5)
-    grads, others = (routers(policy.inner) for policy in policies)
+    grads, others = (whole_gradient(policy.inner) for policy in policies)
     mean = {name: (grads[name] + others[name]) / 2 for name in grads}
     assert relative_error(mean, gradient) < 1e-5
 
@@ -135,7 +135,7 @@ def test_it_is_added_to_the_objective_and_costs_a_forward_pass() -> None:
             lambda module, args, kwargs, calls=calls: calls.append("output_router_logits" in kwargs), with_kwargs=True
         )
         report = policy.forward_backward(Update(trained, COUNTS), step=1)
-        gradients[name], forwards[name] = routers(policy.inner), len(calls) / len(report.batches)
+        gradients[name], forwards[name] = whole_gradient(policy.inner), len(calls) / len(report.batches)
         assert all(calls) if router else not any(calls)
         assert (report.aux_loss is None) == (router is None)
     together = {name: grad + gradients["loss"][name] for name, grad in gradients["objective"].items()}
@@ -146,7 +146,7 @@ def test_it_is_added_to_the_objective_and_costs_a_forward_pass() -> None:
 def test_an_idle_update_adds_nothing() -> None:
     policy = make_policy(tiny_model("mixtral"), router=ROUTER)
     report = policy.forward_backward(Update(samples_that_share(3), COUNTS, idle=True), step=1)
-    assert report.loss.item() == 0 and not any(grad.any() for grad in routers(policy.inner).values())
+    assert report.loss.item() == 0 and not any(grad.any() for grad in whole_gradient(policy.inner).values())
 
 
 def same(prompts: list[Any], **row: Any) -> list[float]:

@@ -79,7 +79,7 @@ def read_metrics(path: str | Path) -> Metrics:
     by_step: dict[int, dict[str, Any]] = {}
     lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
-        record = _parse(line)
+        record = parse_line(line)
         if record is not None:
             by_step.setdefault(record["step"], {}).update(record)
         elif line.strip():
@@ -89,7 +89,8 @@ def read_metrics(path: str | Path) -> Metrics:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def parse_line(line: str) -> dict[str, Any] | None:
+    """What was written after a step; None of a torn line."""
     for start in (0, max(line.rfind("{"), 0)):  # the second: a whole line behind a torn one
         with suppress(json.JSONDecodeError):
             record = json.loads(line[start:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -23,6 +22,7 @@ from grpo_hf.report.curves import (
     curve,
     held_out_keys,
     metric_name,
+    parse_line,
     read_metrics,
     run_panels,
     running_mean,
@@ -72,11 +72,8 @@ def read_run(folder: Path, name: str, budget: int) -> Run:
 
 def read_starts(path: Path) -> list[dict[str, Any]]:
     """Whole lines of the file; none where there is no file."""
-    starts = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):
-            starts.append(json.loads(text))
-    return starts
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [line for line in map(parse_line, lines) if line is not None]
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

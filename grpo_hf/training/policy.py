@@ -170,8 +170,8 @@ class Policy:
                 tokens = replace(batch.tokens(logprobs, entropy), selected=selected[number - 1])
                 parts, metrics = objective.parts(tokens, update.denominators)
                 if self.router is not None:
-                    aux_loss = load_balancing(sent, load[0][1], self.router.experts_per_token)
-                    parts["router"] = self.router.coefficient * aux_loss
+                    balance = load_balancing(sent, load[0][1], self.router.experts_per_token)
+                    parts["router"] = self.router.coefficient * balance
                 # Data-parallel wrappers average over processes what is already a share of the global sum.
                 factor = batch.weight * update.denominators.num_processes
                 part = sum(parts.values(), start=zero) * factor
@@ -179,11 +179,11 @@ class Policy:
             report.loss = report.loss + part.detach()
             for name, value in parts.items():
                 report.parts[name] = report.parts.get(name, zero) + value.detach() * factor
-            if self.router is not None:
-                report.aux_loss = aux_loss.detach() * factor + (zero if report.aux_loss is None else report.aux_loss)
             report.batches.append(batch)
             report.metrics.append({name: value.detach() for name, value in metrics.items()} if batch.weight else {})
             report.logprobs |= batch.by_sample(tokens.logprobs.detach().cpu())
+        if self.router is not None:
+            report.aux_loss = report.parts["router"] / self.router.coefficient
         return report
 
     @torch.no_grad()

