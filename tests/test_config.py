@@ -295,6 +295,12 @@ ERRORS = {
     "curriculum": ({"curriculum": "skip_solve"}, "curriculum='skip_solve' is not one of .*nearest: skip_solved"),
     "curriculum without a name": ({"curriculum": lambda history: True}, "give a function at the top of a file"),
     "advantage_k": ({"advantage_k": 1}, "advantage_k=1, but advantage_k >= 2 is needed"),
+    "advantage_k of a small group": (
+        {"advantage": "pass_at_k", "advantage_k": 8, "num_generations": 4},
+        "advantage_k=8, num_generations=4, but advantage_k <= num_generations is needed",
+    ),
+    "clip_cov_lb": ({"clip_cov_lb": 9.0}, "clip_cov_lb=9.0, clip_cov_ub=5.0, but clip_cov_lb <= clip_cov_ub is needed"),
+    "sapo_temperature_pos": ({"sapo_temperature_pos": 0.0}, "sapo_temperature_pos=0.0, but sapo_temperature_pos > 0"),
     "top_entropy_quantile": ({"top_entropy_quantile": 1.5}, "1.5, but 0 <= top_entropy_quantile <= 1 is needed"),
     "entropy bounds": (
         {"use_adaptive_entropy": True, "entropy_coef": 2.0},
@@ -410,6 +416,10 @@ def test_trust_remote_code_goes_to_what_is_loaded() -> None:
 
 
 WARNINGS = {
+    "GSPO by sums": (
+        {"importance_sampling_level": "sequence", "loss_type": "grpo", "loss_aggregation": "sequence_sum"},
+        "for GSPO leave loss_aggregation out",
+    ),
     "GSPO by tokens": (
         {"importance_sampling_level": "sequence"},
         "weights each sequence by its completion length; for GSPO",

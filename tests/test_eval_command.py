@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo_hf.cli import main
+from grpo_hf.cli.data import load_table
 from grpo_hf.evaluation.record import read_evaluation
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -75,8 +76,37 @@ def test_a_model_that_was_trained_here_is_evaluated_as_in_training(tmp_path: Pat
     assert read_evaluation(tmp_path / "out") == read_evaluation(tmp_path / "run")
 
 
+def test_a_reward_that_never_applies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verifier = tmp_path / "verifier.py"
+    verifier.write_text("def never(completion):\n    return None\n")
+    assert evaluated(tmp_path / "out", "--limit", "2", "--reward", f"{verifier}:never") == 0
+    assert "no reward has given any sample a score" in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "out"), str(tmp_path / "out")]) == 0
+    assert "no prompt has a score in both" in capsys.readouterr().out
+
+
+def test_an_interval_that_is_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one prompt, or of differences that are all alike."""
+    evaluated(tmp_path / "out", "--limit", "1")
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "out"), str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "unknown" in next(line for line in lines if line.startswith("reward"))
+    assert "[-1.000, +1.000]" in next(line for line in lines if line.startswith("exact_sort/mean"))
+
+
 def test_mistakes(tmp_path: Path) -> None:
+    for k in ("0", "-1"):
+        with pytest.raises(ValueError, match="at least 1 sample"):
+            main(["eval", "--recipe", "sorting_lm", "--k", k, "--traceback"])
     with pytest.raises(ValueError, match="say what to evaluate"):
         main(["eval", "--traceback"])
     with pytest.raises(ValueError, match="holds no evaluation"):
         main(["compare", str(tmp_path), str(tmp_path), "--traceback"])
+
+
+def test_a_file_without_rows(tmp_path: Path) -> None:
+    """Is refused by its name."""
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(ValueError, match=r"rows\.jsonl is empty; one row at least is needed"):
+        load_table(str(tmp_path / "rows.jsonl"), "train")

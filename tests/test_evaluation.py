@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from grpo_hf import GRPOTrainer
+from grpo_hf.evaluation.estimates import estimates_of
+from grpo_hf.evaluation.record import read_evaluation
 from grpo_hf.evaluation.sampling import metric_names
 from tests.runs import SAMPLE_NAMES, held_out_trainer, same, timeless, weights
 from tests.tiny import even_words
@@ -47,6 +50,23 @@ def test_several_data_sets_have_a_prefix_each(tmp_path: Path) -> None:
     assert set(metrics) - {"epoch"} == {f"eval_{part}_{name}" for part in ("easy", "hard") for name in NAMES}
     alone = held_out_trainer(tmp_path, OTHERS).evaluate()
     assert metrics["eval_hard_reward"] == alone["eval_reward"]
+
+
+def test_a_data_set_may_have_any_name(tmp_path: Path) -> None:
+    held_out_trainer(tmp_path, {"math/easy": HELD_OUT, "gsm8k-test": OTHERS}, save_rollouts=True).evaluate()
+    assert {name: len(found) for name, found in read_evaluation(tmp_path).items()} == {"math/easy": 5, "gsm8k-test": 1}
+
+
+def test_votes_on_the_disk_are_those_that_were_measured(tmp_path: Path) -> None:
+    """A sample without an answer votes with its text."""
+
+    def says(completions: list[str], log_extra: Any, **columns: object) -> list[float]:
+        log_extra("answer", [None if right(item) else "wrong" for item in completions])
+        return [right(item) for item in completions]
+
+    metrics = held_out_trainer(tmp_path, HELD_OUT, reward=says, save_rollouts=True).evaluate()
+    on_disk = estimates_of(read_evaluation(tmp_path)["eval"])
+    assert metrics["eval_rewards/says/maj@4"] == on_disk["rewards/says/maj@4"].value
 
 
 def test_a_data_set_can_be_given_to_evaluate(tmp_path: Path) -> None:
@@ -169,6 +189,10 @@ def test_the_baseline_is_measured_once(tmp_path: Path) -> None:
 
 def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_no_rewards_of_their_own_are_those_of_training(tmp_path: Path) -> None:
+    assert "eval_rewards/even_words/mean" in held_out_trainer(tmp_path, HELD_OUT, eval_reward_funcs=[]).evaluate()
 
 
 def test_held_out_rows_may_have_rewards_of_their_own(tmp_path: Path) -> None:

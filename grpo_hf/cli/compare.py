@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 
 from grpo_hf.evaluation.paired import Difference, differences
@@ -34,13 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table(found: dict[str, Difference], prompts: int) -> list[str]:
     """One line a measure."""
+    if not found:
+        return ["no prompt has a score in both"]
     names = {name: name.removeprefix("rewards/") for name in found}
     width = max(map(len, names.values()))
     lines = [f"{'':<{width}}      A       B     B - A   95 % interval          p   better  worse  of {prompts} prompts"]
     for name, item in found.items():
         change = item.estimate
+        interval = "unknown" if math.isnan(change.low) else f"[{change.low:+.3f}, {change.high:+.3f}]"
         lines.append(
             f"{names[name]:<{width}} {item.before:6.3f}  {item.after:6.3f}   {change.value:+.3f}   "
-            f"[{change.low:+.3f}, {change.high:+.3f}]  {item.p_value:6.4f}  {item.better:6d} {item.worse:6d}"
+            f"{interval:16}  {item.p_value:6.4f}  {item.better:6d} {item.worse:6d}"
         )
     return lines

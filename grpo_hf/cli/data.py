@@ -17,4 +17,6 @@ def load_table(name: str, split: str) -> Dataset:
         return load_dataset(name, split=split)
     if not path.is_file():
         raise ValueError(f"there is no file {name}")
+    if not path.stat().st_size:
+        raise ValueError(f"{name} is empty; one row at least is needed")
     return load_dataset(FORMATS[path.suffix], data_files={"train": name}, split="train")

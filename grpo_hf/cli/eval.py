@@ -85,11 +85,14 @@ def evaluated(
         changed["rewards"] = run.rewards or changed["eval_rewards"]
     if args.limit is not None:
         changed["max_eval_samples"] = args.limit
+    if args.k is not None and args.k < 1:
+        raise ValueError(f"--k {args.k}, but at least 1 sample of each prompt is needed")
     samples = args.k or config.num_generations_eval or config.num_generations
     config.num_generations_eval = samples
     config.eval_temperature = config.eval_temperature if args.temperature is None else args.temperature
     config.output_dir = args.output or "runs/eval"
     config.save_rollouts, config.write_report, config.report_to = True, False, []
+    config.stop_at, config.load_best_model_at_end = None, False  # name rewards that may not be those of this evaluation
     config.beta = 0.0
     # The smallest rollout, since none is made.
     config.per_device_train_batch_size, config.steps_per_generation = config.num_generations, 1
@@ -99,6 +102,8 @@ def evaluated(
 
 def table(estimates: dict[str, Estimate]) -> list[str]:
     """One line an estimate."""
+    if not estimates:
+        return ["no reward has given any sample a score"]
     names = {name: name.removeprefix("rewards/") for name in estimates}
     width = max(map(len, names.values()))
     lines = [f"{'':<{width}}   mean   95 % interval"]

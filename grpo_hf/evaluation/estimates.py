@@ -44,8 +44,13 @@ def question_of(group: Group, seed: int) -> Question:
         prompt=raw if isinstance(raw, str) else repr(raw),
         scores={name: [item.rewards[name] for item in items] for name in items[0].rewards},
         rewards=[item.reward for item in items],
-        answers=[str(item.extra.get(ANSWER, item.text.strip())) for item in items],
+        answers=[answer_of(item.extra.get(ANSWER), item.text) for item in items],
     )
+
+
+def answer_of(logged: object, text: str) -> str:
+    """What a sample votes for: the answer that a verifier has logged, or where it has logged none the whole text."""
+    return text.strip() if logged is None else str(logged)
 
 
 def values_of(questions: Sequence[Question]) -> dict[str, dict[int, float]]:

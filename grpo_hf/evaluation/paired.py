@@ -68,7 +68,8 @@ def differences(a: Sequence[Question], b: Sequence[Question]) -> dict[str, Diffe
         change = after - before
         shares = name != "reward" and min(before.min(), after.min()) >= 0 and max(before.max(), after.max()) <= 1
         wide = mean_of_numbers([*change, 1.0, -1.0] if shares else change)
-        estimate = Estimate(float(change.mean()), wide.low, wide.high, len(rows))
+        low, high = (max(wide.low, -1.0), min(wide.high, 1.0)) if shares else (wide.low, wide.high)
+        estimate = Estimate(float(change.mean()), low, high, len(rows))
         better, worse = int((change > 0).sum()), int((change < 0).sum())
         found[name] = Difference(
             float(before.mean()), float(after.mean()), estimate, _p_value(change, better, worse), better, worse

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import pyarrow.parquet as pq
 
-from grpo_hf.evaluation.estimates import ANSWER, Question
+from grpo_hf.evaluation.estimates import ANSWER, Question, answer_of
 from grpo_hf.evaluation.sampling import seed_of
 from grpo_hf.rollout.record import completion_rows, write_table
 from grpo_hf.types import Group
@@ -27,7 +28,7 @@ def write_evaluation(run: Path, groups: Sequence[Group], *, name: str, step: int
     for row in rows:
         row["seed"] = seed_of(seed, row["row"])
     folder = run / FOLDER / f"step-{step:06d}"
-    write_table(rows, folder / f"{name or UNNAMED}-{process}.parquet")
+    write_table(rows, folder / f"{quote(name or UNNAMED, safe=' ')}-{process}.parquet")  # a name may have a "/"
     return folder
 
 
@@ -35,7 +36,7 @@ def read_evaluation(place: str | Path) -> dict[str, list[Question]]:
     """The questions of each data set, from a run's folder, its newest evaluation, or that of one evaluation."""
     folder = Path(place)
     if (folder / FOLDER).is_dir():
-        folder = max((folder / FOLDER).iterdir(), key=lambda path: path.name)
+        folder = max((folder / FOLDER).iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
     files = sorted(folder.glob("*.parquet")) if folder.is_dir() else []
     if not files:
         raise ValueError(
@@ -44,7 +45,7 @@ def read_evaluation(place: str | Path) -> dict[str, list[Question]]:
         )
     rows: dict[str, list[dict[str, Any]]] = {}
     for file in files:
-        rows.setdefault(file.stem.rpartition("-")[0], []).extend(pq.read_table(file).to_pylist())
+        rows.setdefault(unquote(file.stem.rpartition("-")[0]), []).extend(pq.read_table(file).to_pylist())
     return {name: _questions(found) for name, found in rows.items()}
 
 
@@ -63,12 +64,7 @@ def _questions(rows: list[dict[str, Any]]) -> list[Question]:
                 prompt=items[0]["prompt"],
                 scores={name.removeprefix("rewards/"): [number(item[name]) for item in items] for name in rewards},
                 rewards=[number(item["reward"]) for item in items],
-                answers=[_answer(item) for item in items],
+                answers=[answer_of(item.get(f"extra/{ANSWER}"), item["completion"]) for item in items],
             )
         )
     return questions
-
-
-def _answer(item: dict[str, Any]) -> str:
-    found = item.get(f"extra/{ANSWER}")
-    return item["completion"].strip() if found is None else str(found)

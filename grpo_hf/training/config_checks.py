@@ -38,6 +38,7 @@ def check_config(config: GRPOConfig) -> None:
     """Raises ValueError that names the value, the limit and the fix."""
     _check_names(config)
     _check_numbers(config)
+    _check_pairs(config)
     _check_objective(config)
     _check_engine(config)
     _check_batches(config)
@@ -84,7 +85,10 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
         "eval_temperature top_k profile epsilon epsilon_high beta kl_cov_coef entropy_coef_delta "
         "entropy_coef_min teacher_coef router_aux_loss_coef",
     ),
-    "{} > 0": (lambda value: value > 0, "temperature repetition_penalty vllm_server_timeout"),
+    "{} > 0": (
+        lambda value: value > 0,
+        "temperature repetition_penalty vllm_server_timeout sapo_temperature_pos sapo_temperature_neg",
+    ),
     "0 < {} <= 1": (lambda value: 0 < value <= 1, "top_p vllm_gpu_memory_utilization clip_cov_ratio kl_cov_ratio"),
     "0 <= {} <= 1": (lambda value: 0 <= value <= 1, "min_p ref_model_mixup_alpha top_entropy_quantile"),
 }
@@ -99,12 +103,6 @@ def _check_numbers(config: GRPOConfig) -> None:
                 raise ValueError(f"{name}={value}, but {bound.format(name)} is needed")
     if 0 < config.max_steps <= config.profile:
         raise ValueError(f"max_steps={config.max_steps}, profile={config.profile}, but profile < max_steps is needed")
-    low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
-    if low is not None and high is not None and not low <= high:
-        raise ValueError(
-            f"vllm_importance_sampling_clip_min={low}, vllm_importance_sampling_clip_max={high}, but "
-            "vllm_importance_sampling_clip_min <= vllm_importance_sampling_clip_max is needed"
-        )
     if config.auto_find_batch_size:
         raise ValueError("auto_find_batch_size=True would break up groups; lower tokens_per_microbatch instead")
     if config.torch_compile:
@@ -121,6 +119,17 @@ def _check_numbers(config: GRPOConfig) -> None:
         raise ValueError("sync_ref_model=True needs a reference model, so beta > 0; beta is 0")
 
 
+def _check_pairs(config: GRPOConfig) -> None:
+    """No lower limit above its upper one, and no k above the number of samples that it chooses from."""
+    pairs = [("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"), ("clip_cov_lb", "clip_cov_ub")]
+    if config.advantage == "pass_at_k":
+        pairs.append(("advantage_k", "num_generations"))
+    for low, high in pairs:
+        least, most = getattr(config, low), getattr(config, high)
+        if least is not None and most is not None and not least <= most:
+            raise ValueError(f"{low}={least}, {high}={most}, but {low} <= {high} is needed")
+
+
 def _warn_of_levels(config: GRPOConfig) -> None:
     """Say so where the level of the ratio and the loss are not those of any paper."""
     by_sequence, loss = config.importance_sampling_level == "sequence", config.loss_type
@@ -133,9 +142,10 @@ def _warn_of_levels(config: GRPOConfig) -> None:
     elif loss in ("vespo", "gmpo") and by_sequence:
         logger.warning(f"loss_type={loss!r} has a ratio of completions by itself; leave importance_sampling_level 'token'")
     elif by_sequence and loss != "luspo" and config.objective().terms[0].aggregation in WEIGHS_BY_LENGTH:
+        given = config.loss_aggregation if loss == "grpo" else None
         logger.warning(
             f"importance_sampling_level='sequence' with loss_type={loss!r} weights each sequence by its completion length; "
-            "for GSPO set loss_type='grpo'"
+            + ("for GSPO set loss_type='grpo'" if given is None else "for GSPO leave loss_aggregation out")
         )
 
 

@@ -28,6 +28,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from grpo_hf.algorithm.objective import Objective
+from grpo_hf.episodes.environments import Kind
 from grpo_hf.episodes.metrics import record_calls
 from grpo_hf.evaluation.record import write_evaluation
 from grpo_hf.evaluation.sampling import evaluate_prompts
@@ -147,7 +148,7 @@ class GRPOTrainer(Trainer):
         self.scorer = Scorer(self.rewards, weights, args.reward_settings())
         others = [*get_rewards(eval_reward_funcs or []), *owned]
         unweighted = Scorer(others, [1.0] * len(others), args.reward_settings())
-        self.eval_scorer = self.scorer if eval_reward_funcs is None else unweighted
+        self.eval_scorer = unweighted if eval_reward_funcs else self.scorer
         if quantization_config is not None:
             init["quantization_config"] = quantization_config
         shared = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
@@ -351,6 +352,12 @@ class GRPOTrainer(Trainer):
     def tools(self) -> list[Callable[..., Any]]:
         """What the model may call, whatever the row."""
         return self.toolbox.functions if self.toolbox else []
+
+    @property
+    def environments(self) -> dict[str | None, Kind] | None:
+        """What episodes may play in, by the name in a row's column `environment` (None: all rows have this one); None
+        without any. The objects themselves live in processes of their own."""
+        return (self.toolbox.kinds if self.toolbox else None) or None
 
     @property
     def aux_loss_enabled(self) -> bool:
