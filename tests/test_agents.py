@@ -131,6 +131,7 @@ def test_rows_choose_their_environment(tmp_path: Path) -> None:
     )
     trainer.train()
     assert trainer.reward_func_names == ["names", "Room", "Other"]
+    assert trainer.environments is not None and list(trainer.environments) == ["room", "other"]
     for group in trainer.rollout.sampled:
         mine, others = ("Room", "Other") if group.prompt.row["environment"] == "room" else ("Other", "Room")
         for item in group.completions:
