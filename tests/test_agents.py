@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -158,6 +159,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"rows": None, "reward": None, "environment_factory": Room, "max_steps": -1},
         "without a train_dataset max_steps says how long to train",
     ),
+    "environments without a name": ({"environment_factory": {}}, r"environment_factory=\{\} names no environment"),
+    "fewer turns than none": (
+        {"tools": [look], "max_tool_calling_iterations": -1},
+        "max_tool_calling_iterations=-1, but max_tool_calling_iterations >= 0 is needed",
+    ),
+    "a rollout function that is none": ({"rollout_func": "mine"}, r"rollout_func is a function .*; got 'mine'"),
     "no reward": ({"reward": None, "tools": [look]}, "No reward source provided"),
     "sampling ahead": (
         {"tools": [look], "rollout_ahead": 1, "use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://h:1"},
@@ -212,6 +219,41 @@ def test_a_rollout_function_samples_itself(tmp_path: Path) -> None:
     assert targets(trainer) == 8 * 3, "what the mask leaves out is not trained on"
     for sample in trainer.rollout.updates[0].samples:
         assert list(sample.ids[:2]) == [4, 5] and sample.is_target.tolist() == [False, False, True, True, False, True]
+
+
+def made_up(prompts: list[Any], **more: Any) -> dict[str, Any]:
+    count = len(prompts)
+    return {
+        "prompt_ids": [[4, 5]] * count,
+        "completion_ids": [[6, 7, STOPS[0]]] * count,
+        "logprobs": [[-1.0, -1.0, -1.0]] * count,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda prompts: None, r"rollout_func returned 'None' \(NoneType\); return a dict with prompt_ids"),
+        (lambda prompts: made_up(prompts, luck=3), r"rollout_func returned '3' \(int\) as 'luck'; return a list"),
+    ],
+)
+def test_what_a_rollout_function_may_not_return(tmp_path: Path, returned: Any, message: str) -> None:
+    trainer = agent_trainer(tmp_path, rollout_func=lambda prompts, trainer: returned(prompts))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_a_rollout_function_may_return_arrays(tmp_path: Path) -> None:
+    def rollout(prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
+        return {name: np.array(values) for name, values in made_up(prompts, luck=np.arange(len(prompts)) % 4).items()}
+
+    def lucky(completions: Any, luck: list[int], **kwargs: Any) -> list[float]:
+        return [float(value) for value in luck]
+
+    trainer = agent_trainer(tmp_path, rollout_func=rollout, reward=lucky, guards={"engine_weights": "warn"}, max_steps=1)
+    trainer.train()
+    assert values(trainer, "reward") == [1.5]
 
 
 # ---- Resuming
@@ -340,6 +382,25 @@ class NeverBegins(Room):
     def reset(self, **row: Any) -> str:
         """Fail."""
         raise RuntimeError("no room")
+
+
+class Picky(Room):
+    """One row's reset raises."""
+
+    def reset(self, size: int = 1, **row: Any) -> str:
+        """Begin, or not."""
+        if size == 2:
+            raise RuntimeError("no room")
+        return super().reset(size)
+
+
+def test_a_rollout_whose_resets_all_raise_costs_a_step_and_not_the_run(tmp_path: Path) -> None:
+    trainer = agent_trainer(
+        tmp_path, reward=None, environment_factory=Picky, per_device_train_batch_size=4, max_steps=4, shuffle_dataset=False
+    )
+    trainer.train()
+    assert values(trainer, "tools/reset/outcomes/error") == [0.0, 0.0, 1.0, 0.0]
+    assert values(trainer, "grad_norm")[2] == 0.0 and logs(trainer)[-1]["step"] == 4
 
 
 KINDS = {kind.__name__: kind for kind in (Room, Hangs, Dies, Raises, Floods, Prints, NeverBegins)}

@@ -268,6 +268,7 @@ def test_report_is_written_again(tiny_recipe: str, tmp_path: Path, capsys: pytes
         ({"model_name_or_path": "tiny"}, "set model_name_or_path or model_function, one of them"),
         ({"dataset_name": "gsm8k"}, "set dataset_name or dataset_function or environments, one of them"),
         ({"rewards": []}, "reward_funcs is empty"),
+        ({"tools": "tools.py:look"}, r"tools is a list; got 'tools.py:look': write \[tools.py:look\]"),
         ({"rewards": ["gsm8"], "reward_weights": None}, r"unknown reward 'gsm8'; known are: .*\(nearest: gsm8k\)"),
         (
             {"rewards": ["gsm8k"], "reward_weights": None},

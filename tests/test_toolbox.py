@@ -442,6 +442,41 @@ def positional(number: int, /) -> None:
     """
 
 
+def reset() -> None:
+    """Begin anew."""
+
+
+class Shared:
+    """With a method of its class."""
+
+    def reset(self, **row: Any) -> None:
+        """Begin."""
+
+    @classmethod
+    def twice(cls, number: int) -> int:
+        """Double a number.
+
+        Args:
+            number: It.
+        """
+        return 2 * number
+
+
+def test_methods_of_the_class_are_tools_too() -> None:
+    box = Toolbox([], lambda: Shared(), SETTINGS)
+    assert box.names == ["twice"] and [tool.__name__ for tool in box.functions] == ["twice"]
+    session = box.open({}, seed=0)
+    assert ask(session, "twice", number=2).content == "4"
+    box.close()
+
+
+@pytest.mark.parametrize("value", [["a"], 2, None])
+def test_a_row_may_choose_by_any_value_but_not_by_a_list(value: Any) -> None:
+    box = Toolbox([], {1: Shared, "b": Shared}, SETTINGS)
+    with pytest.raises(ValueError, match=r"row 0 of the dataset has environment=.*its environments are: 1, b"):
+        box.check([{"environment": value}])
+
+
 def test_what_cannot_be_used_is_refused_at_the_start() -> None:
     lock = threading.Lock()
 
@@ -471,6 +506,9 @@ def test_what_cannot_be_used_is_refused_at_the_start() -> None:
         ([double, double], None, "two tools have the name 'double'"),
         ([locked], None, r"'locked' .*cannot be sent to worker processes: .*lock.*in_process"),
         (["double"], None, "tools are functions; got 'double'"),
+        (double, None, r"tools is a list of functions; got <function double .*: give \[function, ...\]"),
+        ("double", None, "tools is a list of functions; got 'double'"),
+        ([reset], World, "a tool has the name 'reset', as the environments' resets"),
         ([], Locked, r"factory 'Locked' .*cannot be sent to a process: .*lock"),
         ([], Many, r"called without arguments, but .*Many is missing a required argument: 'size'"),
         ([], Base, r"Base has no method `reset"),
@@ -481,6 +519,8 @@ def test_what_cannot_be_used_is_refused_at_the_start() -> None:
     ]:
         with pytest.raises(ValueError, match=rf"(?s){told}"):
             Toolbox(tools, environments, SETTINGS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"tool_timeout=inf, but tool_timeout < inf is needed"):
+        ToolSettings(timeout=float("inf"))
     with pytest.raises(ValueError, match=r"tool_timeout=0, but tool_timeout > 0 is needed"):
         ToolSettings(timeout=0)
 

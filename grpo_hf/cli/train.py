@@ -85,6 +85,8 @@ def build_trainer(run: RunArguments, config: GRPOConfig) -> GRPOTrainer:
     for names in (("model_name_or_path", "model_function"), ("dataset_name", "dataset_function", "environments")):
         if sum(getattr(run, name) is not None for name in names) != 1:
             raise ValueError(f"set {' or '.join(names)}, one of them")
+    if isinstance(run.tools, str):
+        raise ValueError(f"tools is a list; got {run.tools!r}: write [{run.tools}]")
     tools, environments = [named(spec) for spec in run.tools], run.environment_factory
     if isinstance(environments, dict):
         environments = {key: named(spec) for key, spec in environments.items()}

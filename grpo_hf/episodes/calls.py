@@ -22,14 +22,27 @@ MALFORMED = (ValueError, SyntaxError, RecursionError, MemoryError)
 """What a parser of Python's raises for a text that is none, or nested too deep."""
 
 
+DEEPEST = 100
+"""Levels of a call's arguments; what shows and stores them calls itself once or more for each."""
+
+
 def call(name: Any, arguments: Any, number: str | None = None) -> Call:
     """A call as chat messages hold it; ValueError where it is none: no name, arguments that are not an object, or half a
-    character in them, which no template could show. Its id is kept where it is as Mistral's templates want it."""
+    character in them, which no template could show, or nested too deep. Its id is kept where it is as Mistral's templates
+    want it."""
     if not isinstance(name, str) or not name.strip() or not isinstance(arguments, dict):
         raise ValueError(f"not a call: {name!r}, {arguments!r}")
     json.dumps([name, arguments], ensure_ascii=False).encode()
+    if depth(arguments) > DEEPEST:
+        raise ValueError(f"a call of {name!r} with arguments nested deeper than {DEEPEST}")
     made: Call = {"type": "function", "function": {"name": name.strip(), "arguments": arguments}}
     return made | {"id": number} if re.fullmatch("[A-Za-z0-9]{9}", str(number)) else made
+
+
+def depth(value: Any) -> int:
+    """How deep objects and lists are nested in a value of JSON."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return 1 + max(map(depth, inside), default=0)
 
 
 def marked(text: str, start: str, end: str, body: Callable[[str], tuple[list[Call], str]]) -> Read:
@@ -230,6 +243,7 @@ def typed(calls: list[Call], schemas: list[dict[str, Any]]) -> list[Call]:
     for function in (item["function"] for item in calls):
         properties = parameters.get(function["name"], {}).get("properties", {})
         function["arguments"] = {k: _typed(v, properties.get(k, {})) for k, v in function["arguments"].items()}
+        call(function["name"], function["arguments"])  # they may only now be what no template could show
     return calls
 
 

@@ -37,6 +37,8 @@ class Kind:
 
     name: str
     """Of their class."""
+    made: type
+    """Their class."""
     factory: Callable[[], Any]
     """The user's."""
     parcel: Parcel
@@ -128,10 +130,10 @@ def _needs(factory: Callable[[], Any]) -> str:
 
 
 def _kind(cls: type, factory: Callable[[], Any], parcel: Parcel) -> Kind:
-    functions = dict(inspect.getmembers(cls, inspect.isfunction))
+    functions = dict(inspect.getmembers(cls, lambda item: inspect.isfunction(item) or inspect.ismethod(item)))
     if "reset" not in functions:
         raise ValueError(f"the environment {where(cls)} has no method `reset(self, **row)`, which begins an episode")
-    bound = {name: not isinstance(inspect.getattr_static(cls, name), staticmethod) for name in functions}
+    bound = {name: not isinstance(inspect.getattr_static(cls, name), staticmethod | classmethod) for name in functions}
     tools = [
         describe(function, name, of=f"{cls.__name__}.", bound=bound[name])
         for name, function in functions.items()
@@ -139,7 +141,7 @@ def _kind(cls: type, factory: Callable[[], Any], parcel: Parcel) -> Kind:
     ]
     reset = inspect.signature(functions["reset"])
     reset = reset.replace(parameters=list(reset.parameters.values())[bound["reset"] :])
-    return Kind(cls.__name__, factory, parcel, by_name(tools), reset, "get_reward" in functions)
+    return Kind(cls.__name__, cls, factory, parcel, by_name(tools), reset, "get_reward" in functions)
 
 
 class Environment:

@@ -31,9 +31,10 @@ def record_calls(metrics: Metrics, groups: Iterable[Group], names: Collection[st
     metrics.mean("tools/call_frequency", len(calls), len(episodes))
     failures = sum(call.outcome != "ok" for call in calls)
     metrics.mean("tools/failure_frequency", failures, max(len(calls), 1))
-    for name, group in {**by_name, "reset": resets}.items():
-        for outcome in OUTCOMES if group else ():
+    if resets:
+        by_name["reset"] = resets
+    for name, group in by_name.items():
+        for outcome in OUTCOMES:
             metrics.mean(f"tools/{name}/outcomes/{outcome}", sum(call.outcome == outcome for call in group), len(group))
-        if group:
-            metrics.mean(f"tools/{name}/seconds/mean", sum(call.seconds for call in group), len(group))
-            metrics.maximum(f"tools/{name}/seconds/max", max(call.seconds for call in group))
+        metrics.mean(f"tools/{name}/seconds/mean", sum(call.seconds for call in group), len(group))
+        metrics.maximum(f"tools/{name}/seconds/max", max(call.seconds for call in group))

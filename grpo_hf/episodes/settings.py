@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -28,6 +29,7 @@ class ToolSettings:
         """Raise ValueError for what cannot be."""
         rules = {
             "tool_timeout > 0": (self.timeout, self.timeout > 0),
+            "tool_timeout < inf": (self.timeout, self.timeout < math.inf),
             "tool_memory_gb > 0": (self.memory_gb, self.memory_gb > 0),
             "tool_workers >= 1": (self.workers, self.workers is None or self.workers >= 1),
             "tool_concurrency >= 1": (self.concurrency, self.concurrency >= 1),

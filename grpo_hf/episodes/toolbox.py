@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -40,6 +40,8 @@ class Toolbox:
             ValueError: a tool or an environment cannot be shown to the model, or cannot be sent to a process.
         """
         settings = settings or ToolSettings()
+        if callable(tools) or isinstance(tools, str | Mapping):
+            raise ValueError(f"tools is a list of functions; got {tools!r}: give [function, ...]")
         self.tools: dict[str, FunctionTool] = by_name([function_tool(tool) for tool in tools or []])
         self.chosen = isinstance(environments, Mapping)
         modules = frozenset({"grpo_hf.episodes.worker", *settings.modules})
@@ -50,6 +52,8 @@ class Toolbox:
             factories = dict(environments) if isinstance(environments, Mapping) else {None: environments}
             if not factories:
                 raise ValueError("environment_factory={} names no environment; give {name: factory}, or leave it out")
+            if "reset" in self.tools:
+                raise ValueError("a tool has the name 'reset', as the environments' resets are logged; give it another")
             self.environments = Environments(factories, settings, modules)
             for kind in self.kinds.values():
                 by_name([*self.tools.values(), *kind.tools.values()])
@@ -69,7 +73,7 @@ class Toolbox:
     def functions(self) -> list[Callable[..., Any]]:
         """Of all tools: functions as they were given, and methods of environments that all rows have."""
         shared = self.kinds.get(None)
-        methods = [getattr(shared.factory, name) for name in shared.tools] if shared else []
+        methods = [getattr(shared.made, name) for name in shared.tools] if shared else []
         return [*(tool.function for tool in self.tools.values()), *methods]
 
     @property
@@ -89,13 +93,13 @@ class Toolbox:
         Raises:
             ValueError: naming the row, what it lacks and what there is.
         """
-        seen: set[str | None] = set()
+        seen: set[Any] = set()
         for number, row in enumerate(rows if self.kinds else ()):
             name = row.get(COLUMN) if self.chosen else None
-            if name not in self.kinds:
+            if not isinstance(name, Hashable) or name not in self.kinds:
                 raise ValueError(
                     f"row {number} of the {dataset_name} has {COLUMN}={name!r}, which environment_factory does not know; its"
-                    f" environments are: {', '.join(self.kinds)}{nearest(str(name), self.kinds)}"
+                    f" environments are: {', '.join(map(str, self.kinds))}{nearest(str(name), map(str, self.kinds))}"
                 )
             if name not in seen:
                 self._check_reset(self.kinds[name], self._columns(row))

@@ -74,6 +74,8 @@ class Plan:
         firsts = [sum(counts[place] for counts in everyone[: peers.rank]) for place in (2, 3)]
         samples = numbered_samples(groups, version, *firsts)
         trainable = [sample for own in samples for sample in own]
+        if not trainable and not all(item.valid for item in completions):
+            trainable = [stand_in(groups[0].prompt.ids, version)]
         if not trainable:
             raise ValueError(f"no token of {count} completions was sampled by the model (is_sampled): nothing to train on")
         smallest = min(trainable, key=lambda sample: len(sample.ids))
@@ -170,6 +172,12 @@ def samples_of(
                 )
             )
     return samples
+
+
+def stand_in(prompt: Sequence[int], version: int) -> TrainingSample:
+    """What an idle update forwards where no episode has begun, since each of their environments has failed at its reset."""
+    nothing = Completion([prompt[-1]], truncated=True, advantage=0.0)
+    return samples_of(prompt, nothing, version, completion=0, group=0)[0]
 
 
 def scores_of(completion: Completion) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -44,7 +44,9 @@ def brought(
 
 def make_toolbox(tools: Any, environments: Any, rollout_func: Any, args: GRPOConfig) -> Toolbox | None:
     """The tools and environments of a run; None without any. Raises ValueError where they cannot be."""
-    if not tools and not environments:
+    if rollout_func is not None and not callable(rollout_func):
+        raise ValueError(f"rollout_func is a function `rollout_func(prompts, trainer)`; got {rollout_func!r}")
+    if not tools and environments is None:
         return None
     if rollout_func is not None:
         raise ValueError("a rollout_func makes whole completions, with calls of tools: give it, or tools and environments")
@@ -135,15 +137,18 @@ def rollouts_of(function: Callable[[list[Any], Any], dict[str, Any]], trainer: A
         prompts: list[Prompt], seeds: list[int], num_generations: int, sampling: Sampling
     ) -> Iterator[tuple[int, list[Completion]]]:
         asked = [prompt.raw for prompt in prompts for _ in range(num_generations)]
-        output = dict(function(asked, trainer)) if asked else {}
+        output = function(asked, trainer) if asked else {}
+        if not isinstance(output, Mapping):
+            raise ValueError(f"rollout_func returned {_kind_of(output)}; return a dict with {', '.join(RETURNED)}")
         if asked and (missing := sorted(set(RETURNED) - output.keys())):
             raise ValueError(f"rollout_func must return keys {missing} in its output dict.")
-        lengths = {name: len(values) for name, values in output.items() if values is not None}
+        output = {name: _as_list(name, values) for name, values in output.items() if values is not None}
+        lengths = {name: len(values) for name, values in output.items()}
         if wrong := {name: length for name, length in lengths.items() if length != len(asked)}:
             raise ValueError(f"rollout_func was given {len(asked)} prompts and returned {wrong}; return one entry for each")
         for number in range(len(prompts)):
             places = range(number * num_generations, (number + 1) * num_generations)
-            yield number, [_completion({name: v and v[place] for name, v in output.items()}, sampling) for place in places]
+            yield number, [_completion({name: v[place] for name, v in output.items()}, sampling) for place in places]
 
     return sample
 
@@ -151,7 +156,7 @@ def rollouts_of(function: Callable[[list[Any], Any], dict[str, Any]], trainer: A
 def _completion(made: dict[str, Any], sampling: Sampling) -> Completion:
     ids, mask = [int(token) for token in made.pop("completion_ids")], made.pop("env_mask", None)
     is_sampled = None if mask is None else [bool(flag) for flag in mask]
-    logprobs = made.pop("logprobs")
+    logprobs = made.pop("logprobs", None)
     for name, values in (("env_mask", is_sampled), ("logprobs", logprobs)):
         if values is not None and len(values) != len(ids):
             raise ValueError(
@@ -167,6 +172,20 @@ def _completion(made: dict[str, Any], sampling: Sampling) -> Completion:
         prompt_ids=[int(token) for token in made.pop("prompt_ids")],
         columns=made,
     )
+
+
+def _as_list(name: str, values: Any) -> list[Any]:
+    """What a rollout function returned under a key, as a list; an array or a tensor becomes one too."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, list | tuple):
+        raise ValueError(
+            f"rollout_func returned {_kind_of(values)} as {name!r}; return a list with one entry for each prompt"
+        )
+    return list(values)
+
+
+def _kind_of(value: Any) -> str:
+    return f"{str(value)[:80]!r} ({type(value).__name__})"
 
 
 def _first(logprob: Any) -> float | None:

@@ -83,7 +83,7 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "{} >= 0": (
         lambda value: value >= 0,
         "eval_temperature top_k profile epsilon epsilon_high beta kl_cov_coef entropy_coef_delta "
-        "entropy_coef_min teacher_coef router_aux_loss_coef",
+        "entropy_coef_min teacher_coef router_aux_loss_coef max_tool_calling_iterations",
     ),
     "{} > 0": (
         lambda value: value > 0,
