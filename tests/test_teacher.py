@@ -61,16 +61,16 @@ def trainer_with(folder: Path, teacher: Any, *, reward: Any = None, peft_config:
     return GRPOTrainer(model, reward, args, PROMPTS, processing_class=tokenizer, teacher=teacher, peft_config=peft_config)
 
 
-@pytest.mark.parametrize("peft_config", [lambda: None, lora], ids=["full", "lora"])
-def test_the_policy_nears_its_teacher(tmp_path: Path, peft_config: Any) -> None:
-    """Without any reward; the teacher's log-probs are its own, row by row."""
+@pytest.mark.parametrize(("peft_config", "steps"), [(lambda: None, 20), (lora, 40)], ids=["full", "lora"])
+def test_the_policy_nears_its_teacher(tmp_path: Path, peft_config: Any, steps: int) -> None:
+    """Without any reward, an adapter more slowly; the teacher's log-probs are its own, row by row."""
     teacher = tiny_model(seed=1)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    trainer = trainer_with(tmp_path, teacher, peft_config=peft_config(), max_steps=20)
+    trainer = trainer_with(tmp_path, teacher, peft_config=peft_config(), max_steps=steps)
     trainer.train()
     kl = values(trainer, "teacher_kl")
-    assert sum(kl[-3:]) / 3 < 0.8 * kl[0]
-    assert values(trainer, "reward") == [0.0] * 20
+    assert sum(kl[-5:]) / 5 < 0.8 * kl[0]
+    assert values(trainer, "reward") == [0.0] * steps
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     (batch, *_) = trainer.policy.microbatches(trainer.rollout.updates[0])
     with torch.no_grad():
